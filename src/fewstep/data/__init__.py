@@ -1,0 +1,13 @@
+"""Images to train on and to compare with: sources, the one decode policy, and an order that can resume.
+
+    spec -> open_images -> Images -> split("train") -> batches(images, BatchOrder(n, seed), start, batch_size)
+
+Everything is uint8 [n, c, h, w] until `to_float`. The position in the data is one number, the images seen so far:
+nothing has to be saved to resume exactly, and the batches do not depend on how many processes share them.
+"""
+
+from fewstep.data.decode import to_float, to_uint8
+from fewstep.data.images import DataSpec, Images, open_images
+from fewstep.data.order import BatchOrder, batches
+
+__all__ = ["BatchOrder", "DataSpec", "Images", "batches", "open_images", "to_float", "to_uint8"]

@@ -1,0 +1,156 @@
+"""A trained model: a denoiser and what one must know to use it. Loading, saving and finding it in a run directory."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fewstep import codec
+from fewstep.networks import Architecture, Preconditioned
+from fewstep.samplers import SECOND_SIGMA, FewStep, Heun, Sampler, few_step
+from fewstep.snapshots import format as snapshot
+from fewstep.types import FewstepError
+
+Kind = Literal["diffusion", "consistency"]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a snapshot says about itself."""
+
+    architecture: Architecture
+    kind: Kind
+    """diffusion: sample with many Heun steps; consistency: with one or a few"""
+    weights: str = "online"
+    """online, or the name of an average such as ema-0.9999"""
+    nimg: int = 0
+    """images seen in training"""
+    recipe: str = ""
+    data: str = ""
+    class_names: tuple[str, ...] = ()
+    second_sigma: float = SECOND_SIGMA
+    """EDM noise level of the second step; a search on this model replaces the papers' value"""
+    initialised_from: str = ""
+    """SHA-256 of the weights that training started from"""
+    best: dict[str, Any] = field(default_factory=dict)
+    """the stamped record that made these weights a run's best, if they are"""
+
+    def sampler(self, steps: int) -> Sampler:
+        """The model's own way of sampling in `steps` steps."""
+        if steps < 1:
+            raise FewstepError(f"--steps must be 1 or more, got {steps}")
+        return Heun.karras(steps) if self.kind == "diffusion" else few_step(steps, self.second_sigma)
+
+    def label(self, name: str | int | None) -> int | None:
+        """The number of a class given by number or name; FewstepError when the model has no such class."""
+        if name is None:
+            return None
+        classes = self.architecture.num_classes
+        if not classes:
+            raise FewstepError("this model is unconditional: leave out --label")
+        if str(name) in self.class_names:
+            return self.class_names.index(str(name))
+        if str(name).isdecimal() and int(name) < classes:
+            return int(name)
+        known = ", ".join(self.class_names[:20]) or f"0 to {classes - 1}"
+        raise FewstepError(f"unknown label {name!r}: this model knows {known}")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A denoiser in evaluation mode with its description; call it as D(x, sigma, label)."""
+
+    denoiser: Preconditioned
+    info: ModelInfo
+    sha256: str = ""
+    path: Path | None = None
+
+    def __call__(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.denoiser(x, t, label)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+
+def save_model(path: Path, tensors: Mapping[str, Tensor], info: ModelInfo) -> str:
+    """Write weights and description; returns the weights' SHA-256."""
+    header = {f: codec.encode(v) for f, v in vars(info).items() if f != "best"}
+    return snapshot.write(path, tensors, {"model": header, "best": info.best})
+
+
+def read_info(header: Mapping[str, Any], path: Path) -> ModelInfo:
+    """The description from a snapshot's header."""
+    if "model" not in header:
+        raise FewstepError(f"{path} holds a training state, not a model: give the run directory or a snapshot")
+    return ModelInfo(**codec.decode(dict(header["model"])), best=header.get("best", {}))
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> Model:
+    """The model of a run directory (RUN: its best, else its first average, else the last weights; RUN:ema-0.999 or
+    RUN:online by name) or of a snapshot file, ready to sample. FewstepError for anything unreadable."""
+    file = find(path)
+    stored = snapshot.read(file)
+    info = read_info(stored.header, file)
+    denoiser = info.architecture.build()
+    load_weights(denoiser, stored.tensors, str(file))
+    return Model(denoiser.to(device).eval().requires_grad_(False), info, stored.weights_sha256, file)
+
+
+def load_weights(denoiser: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy tensors into a network; FewstepError with what differs when they are another architecture's."""
+    own = denoiser.state_dict()
+    differences = [f"{name} missing" for name in own.keys() - tensors.keys()]
+    differences += [f"{name} unexpected" for name in tensors.keys() - own.keys()]
+    differences += [
+        f"{name} is {tuple(tensors[name].shape)}, needed {tuple(own[name].shape)}"
+        for name in own.keys() & tensors.keys()
+        if own[name].shape != tensors[name].shape
+    ]
+    if differences:
+        some = "; ".join(sorted(differences)[:4])
+        raise FewstepError(
+            f"{source} is another architecture ({len(differences)} of {len(own)} tensors differ: {some}): "
+            "match --network.* and the data's size and classes to it, or leave them out to inherit them"
+        )
+    denoiser.load_state_dict(dict(tensors))
+
+
+def find(path: str | Path) -> Path:
+    """The snapshot file that a MODEL argument means."""
+    text = str(path)
+    base, _, name = text.rpartition(":") if not Path(text).exists() and ":" in text else (text, "", "")
+    folder = Path(base)
+    if not folder.is_dir():
+        return folder if not name else Path(text)
+    averages, snapshots = folder / "averages", sorted((folder / "snapshots").glob("*.safetensors"))
+    named = sorted(averages.glob("*.safetensors"))
+    if name == "online" and snapshots:
+        return snapshots[-1]
+    candidates = [averages / f"{name}.safetensors"] if name else [averages / "best.safetensors", *named, *snapshots[-1:]]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    known = ", ".join([p.stem for p in named] + ["online"] * bool(snapshots))
+    if known:
+        raise FewstepError(f"{folder} has no weights called {name!r}: it has {known}")
+    raise FewstepError(f"{folder} holds no model: give a run directory that has saved at least once, or a snapshot file")
+
+
+def store_second_sigma(model: Model, sigma: float) -> Model:
+    """Write the second step's noise level into the model's file; the weights and their hash stay the same."""
+    assert model.path is not None
+    info = replace(model.info, second_sigma=sigma)
+    save_model(model.path, model.denoiser.state_dict(), info)
+    return replace(model, info=info)
+
+
+def one_step(model: Model) -> FewStep:
+    """D(80 z, 80), whatever kind of model it is (the picture 'before tuning')."""
+    return few_step(1, model.info.second_sigma)
+
+
+__all__ = ["Model", "ModelInfo", "find", "load", "load_weights", "save_model", "store_second_sigma"]

@@ -1,0 +1,62 @@
+"""d(a, b): one number per sample. The reduction over C, H, W is always said: three public codes differ in it silently."""
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fewstep.types import FewstepError, PerSample, Sample
+
+Over: TypeAlias = Literal["sum", "mean"]
+
+
+def squared_error(a: Float[Tensor, "n *dims"], b: Float[Tensor, "n *dims"], over: Over) -> PerSample:
+    """||a - b||^2 per sample: the sum, or the mean, over everything but n. Always in float32 or better."""
+    square = (a.float() - b.float()).square().flatten(1)
+    return square.sum(1) if over == "sum" else square.mean(1)
+
+
+@runtime_checkable
+class Distance(Protocol):
+    """d(a, b) >= 0, zero for a = b, one value per sample [n]."""
+
+    def __call__(self, a: Sample, b: Sample, /) -> PerSample: ...
+
+
+@dataclass(frozen=True)
+class SquaredL2:
+    """||a - b||^2."""
+
+    over: Over = "sum"
+    """over C, H, W: the sum, or the mean"""
+
+    def __call__(self, a: Sample, b: Sample, /) -> PerSample:
+        return squared_error(a, b, self.over)
+
+
+@dataclass(frozen=True)
+class PseudoHuber:
+    """sqrt(m + c^2) - c with m = ||a - b||^2 (iCT, arXiv:2310.14189, sec. 3.3). At c = 0 the plain norm sqrt(m) (ECT)."""
+
+    c: float = 0.0
+    """constant, in units of the norm"""
+    c_per_sqrt_dim: float = 0.0
+    """adds this times sqrt(C*H*W) to c; iCT: 0.00054"""
+    over: Over = "sum"
+    """m is the sum over C, H, W (the papers), or the mean"""
+
+    def __post_init__(self) -> None:
+        if self.c < 0 or self.c_per_sqrt_dim < 0:
+            raise FewstepError("the constant c of a pseudo-Huber distance cannot be negative")
+
+    def __call__(self, a: Sample, b: Sample, /) -> PerSample:
+        dim = a[0].numel()
+        c = self.c + self.c_per_sqrt_dim * sqrt(dim)
+        if c == 0:  # vector_norm has gradient 0 where a = b; the square root has none
+            norm = torch.linalg.vector_norm((a.float() - b.float()).flatten(1), dim=1)
+            return norm if self.over == "sum" else norm / sqrt(dim)
+        m = squared_error(a, b, self.over)
+        return m / ((m + c * c).sqrt() + c)  # sqrt(m + c^2) - c without the cancellation at small m

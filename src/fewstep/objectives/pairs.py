@@ -1,0 +1,148 @@
+"""p(t, r): the joint law of the two times of a pair, t > r >= 0 (EDM sigma units)."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from fewstep.ode import RHO, SIGMA_MAX, SIGMA_MIN, karras_sigmas
+from fewstep.progress import Doubling, Progress, Schedule, Stages
+from fewstep.types import FewstepError, Times
+
+Zero: TypeAlias = Literal["never", "sometimes", "always"]
+Device: TypeAlias = torch.device | str
+
+
+@runtime_checkable
+class PairSampler(Protocol):
+    """A law p(t, r | progress)."""
+
+    def __call__(self, n: int, progress: Progress, generator: torch.Generator, /) -> tuple[Times, Times]:
+        """t [n] and r [n], on the generator's device."""
+        ...
+
+    def zero(self, progress: Progress, /) -> Zero:
+        """Whether r = 0 can occur now. Known without drawing, so no step waits for the device to find out."""
+        ...
+
+    def stage(self, progress: Progress, /) -> int:
+        """Where the curriculum stands: a stage's number, or the number of intervals of the grid."""
+        ...
+
+
+@dataclass(frozen=True)
+class LogNormal:
+    """ln t ~ N(mean, std^2): P_mean and P_std of EDM, iCT and ECT. On a grid, the mass between neighbouring sigmas."""
+
+    mean: float = -1.2
+    std: float = 1.2
+
+    def __call__(self, n: int, generator: torch.Generator) -> Times:
+        return torch.exp(self.mean + self.std * torch.randn(n, generator=generator, device=generator.device))
+
+    def masses(self, sigmas: Float64[Tensor, "points"]) -> Float64[Tensor, "intervals"]:
+        """p(i) ~ erf((ln s_{i+1} - mean)/(sqrt2 std)) - erf((ln s_i - mean)/(sqrt2 std)) (iCT, arXiv:2310.14189, sec. 3.5)."""
+        erf = torch.erf((sigmas.log() - self.mean) / (math.sqrt(2) * self.std))
+        return (erf[1:] - erf[:-1]) / (erf[-1] - erf[0])
+
+
+@dataclass(frozen=True)
+class UniformIndex:
+    """Every interval of the grid equally often (CT, CD)."""
+
+    def masses(self, sigmas: Float64[Tensor, "points"]) -> Float64[Tensor, "intervals"]:
+        return torch.full((len(sigmas) - 1,), 1 / (len(sigmas) - 1), dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """r = 0 always: the pair of denoising score matching, whose target is the data itself."""
+
+    times: LogNormal = LogNormal()
+    """the law of t"""
+
+    def __call__(self, n: int, progress: Progress, generator: torch.Generator, /) -> tuple[Times, Times]:
+        t = self.times(n, generator)
+        return t, torch.zeros_like(t)
+
+    def zero(self, progress: Progress, /) -> Zero:
+        return "always"
+
+    def stage(self, progress: Progress, /) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class ContinuousSchedule:
+    """ECT's mapping r = max(0, t (1 - n(t) / q^(s+1))), n(t) = 1 + k sigmoid(-b t) (arXiv:2406.14548, sec. 3).
+
+    The stage s goes from 0; the paper counts the exponent from 0 and calls q^0 (r = 0) the diffusion stage, which a
+    pretrained start skips. k = 0 is the mapping n = 1 ("const").
+    """
+
+    times: LogNormal = LogNormal(-1.1, 2.0)
+    """the law of t"""
+    q: float = 2.0
+    """how fast the gap shrinks: by 1/q a stage"""
+    k: float = 8.0
+    b: float = 1.0
+    stages: Stages = Stages(8)
+
+    def __post_init__(self) -> None:
+        if self.q <= 1 or self.k < 0:
+            raise FewstepError(f"ECT's mapping needs q > 1 and k >= 0, got q = {self.q}, k = {self.k}")
+
+    def __call__(self, n: int, progress: Progress, generator: torch.Generator, /) -> tuple[Times, Times]:
+        t = self.times(n, generator)
+        return t, self.r(t, progress)
+
+    def r(self, t: Times, progress: Progress) -> Times:
+        """The second time [n] that belongs to t [n]."""
+        gap = (1 + self.k * torch.sigmoid(-self.b * t)) / self.q ** (self.stages(progress) + 1)
+        return (t * (1 - gap)).clamp(min=0)
+
+    def zero(self, progress: Progress, /) -> Zero:
+        largest = 1 + self.k / 2  # n(t) < n(0) for every t > 0
+        return "sometimes" if largest > self.q ** (self.stages(progress) + 1) else "never"
+
+    def stage(self, progress: Progress, /) -> int:
+        return self.stages(progress)
+
+
+@dataclass(frozen=True)
+class KarrasGrid:
+    """Noise levels sigma_0 < ... < sigma_N with N asked of a schedule (EDM, arXiv:2206.00364, eq. 5)."""
+
+    intervals: Schedule = field(default_factory=Doubling)
+    sigma_min: float = SIGMA_MIN
+    sigma_max: float = SIGMA_MAX
+    rho: float = RHO
+
+    def __call__(self, progress: Progress) -> Float64[Tensor, "points"]:
+        return karras_sigmas(int(self.intervals(progress)) + 1, self.sigma_min, self.sigma_max, self.rho)
+
+
+@dataclass(frozen=True)
+class GridPairs:
+    """Neighbours of a grid: t = sigma_{i+1}, r = sigma_i with i ~ density (CT, CD, iCT)."""
+
+    grid: KarrasGrid = field(default_factory=KarrasGrid)
+    density: LogNormal | UniformIndex = field(default_factory=UniformIndex)
+    """the law of the index i"""
+
+    def __call__(self, n: int, progress: Progress, generator: torch.Generator, /) -> tuple[Times, Times]:
+        sigmas = self.grid(progress)
+        cumulative = self.density.masses(sigmas).cumsum(0).float().to(generator.device)
+        uniform = torch.rand(n, generator=generator, device=generator.device)
+        i = torch.searchsorted(cumulative, uniform, right=True).clamp(max=len(sigmas) - 2)
+        levels = sigmas.float().to(generator.device)
+        return levels[i + 1], levels[i]
+
+    def zero(self, progress: Progress, /) -> Zero:
+        return "never"
+
+    def stage(self, progress: Progress, /) -> int:
+        return int(self.grid.intervals(progress))

@@ -1,0 +1,110 @@
+"""Progress, and the schedules that are asked about it.
+
+Images are the clock. A schedule is a pure function of Progress: nothing is told to it, so nothing can resume wrong.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: nimg images seen of total_nimg (counted before the step that asks)."""
+
+    nimg: int
+    total_nimg: int
+
+    @property
+    def fraction(self) -> float:
+        """In [0, 1): the last step of a run still belongs to its last stage."""
+        return min(self.nimg / max(self.total_nimg, 1), math.nextafter(1.0, 0.0))
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """A number for every moment of a run."""
+
+    def __call__(self, progress: Progress, /) -> float: ...
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same value throughout."""
+
+    value: float
+
+    def __call__(self, progress: Progress, /) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Stages:
+    """s = floor(fraction * count): the stage number 0..count-1 of count equal stages (ECT, arXiv:2406.14548, sec. 3)."""
+
+    count: int = 8
+
+    def __call__(self, progress: Progress, /) -> int:
+        return math.floor(progress.fraction * self.count)
+
+
+@dataclass(frozen=True)
+class Doubling:
+    """Number of grid intervals s0 * 2^stage, at most s1, in equal stages (iCT, arXiv:2310.14189, sec. 3.4).
+
+    The paper's N(k) counts grid *points*, one more than the intervals; its stage length
+    K' = floor(K / (log2(floor(s1/s0)) + 1)) is fraction * (log2(floor(s1/s0)) + 1) here.
+    """
+
+    s0: int = 10
+    s1: int = 1280
+
+    @property
+    def stages(self) -> float:
+        return math.log2(self.s1 // self.s0) + 1
+
+    def __call__(self, progress: Progress, /) -> int:
+        return min(self.s0 * 2 ** math.floor(progress.fraction * self.stages), self.s1)
+
+
+@dataclass(frozen=True)
+class SquareRoot:
+    """Number of grid intervals ceil(sqrt(k/K ((s1+1)^2 - s0^2) + s0^2) - 1) (CT, arXiv:2303.01469, app. C)."""
+
+    s0: int = 2
+    s1: int = 150
+
+    def __call__(self, progress: Progress, /) -> int:
+        square = progress.fraction * ((self.s1 + 1) ** 2 - self.s0**2) + self.s0**2
+        return max(math.ceil(math.sqrt(square) - 1), 1)
+
+
+@dataclass(frozen=True)
+class TargetDecay:
+    """mu(k) = exp(s0 ln(mu0) / N(k)), the decay per step of CT's EMA target (arXiv:2303.01469, app. C)."""
+
+    grid: SquareRoot = SquareRoot()
+    mu0: float = 0.9
+
+    def __call__(self, progress: Progress, /) -> float:
+        return math.exp(self.grid.s0 * math.log(self.mu0) / (self.grid(progress) + 1))
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """peak, after a linear warm-up over warmup_nimg images, times 1/sqrt(max(nimg/decay_nimg, 1)) (EDM2, arXiv:2312.02696).
+
+    decay_nimg = 0 keeps it constant (ECT on CIFAR-10).
+    """
+
+    peak: float = 1e-4
+    warmup_nimg: int = 0
+    decay_nimg: int = 0
+
+    def __call__(self, progress: Progress, /) -> float:
+        rate = self.peak
+        if self.warmup_nimg:
+            rate *= min(progress.nimg / self.warmup_nimg, 1.0)
+        if self.decay_nimg:
+            rate /= math.sqrt(max(progress.nimg / self.decay_nimg, 1.0))
+        return rate

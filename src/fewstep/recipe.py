@@ -1,0 +1,110 @@
+"""Recipe: everything a run is made of, as one value. The functions that return recipes live in fewstep.recipes."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from fewstep.data import DataSpec
+from fewstep.ema import AverageLaw, ConstantEMA
+from fewstep.networks import Network, UNet
+from fewstep.objectives import PairObjective
+from fewstep.progress import LearningRate, Schedule
+from fewstep.types import FewstepError
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "radam": torch.optim.RAdam,
+}
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The gradient step; its learning rate is the recipe's lr."""
+
+    name: Literal["adam", "adamw", "radam"] = "radam"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        kind = OPTIMIZERS[self.name]
+        return kind(parameters, lr=0.0, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)  # type: ignore[call-arg]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured while training, for the raw weights and every average."""
+
+    every_nimg: int = 0
+    """images between two evaluations; 0: never"""
+    extractor: str = "digits"
+    """feature extractor of the Frechet distance: digits, pixels, inception, dinov2"""
+    num: int = 2000
+    """generated images per evaluation"""
+    steps: int = 1
+    """sampling steps"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A complete run. Images are the clock: every interval is in images seen, not in steps."""
+
+    name: str
+    """the method"""
+    objective: PairObjective
+    kind: Literal["diffusion", "consistency"] = "consistency"
+    """how the result is sampled"""
+    network: Network = field(default_factory=UNet)
+    data: DataSpec = field(default_factory=DataSpec)
+    conditional: bool = False
+    """class-conditional: the data must have labels"""
+    sigma_data: float = 0.5
+    """standard deviation of the data the network sees"""
+    sigma_min: float = 0.0
+    """> 0: the shifted boundary form D(x, sigma_min) = x of CT, CD and iCT"""
+    second_sigma: float = 0.821
+    """noise level of the second sampling step until a search finds a better one"""
+    total_nimg: int = 25_600_000
+    """images seen in the whole run"""
+    batch_size: int = 128
+    """images per optimizer step, over all processes"""
+    microbatch: int | None = None
+    """images per forward pass on one device; smaller saves memory and changes nothing else (dropout masks excepted)"""
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr: LearningRate = field(default_factory=LearningRate)
+    averages: tuple[AverageLaw, ...] = (ConstantEMA(0.9999),)
+    """the first is the one a run directory stands for until an evaluation finds a better one"""
+    target_decay: Schedule | None = None
+    """CT: decay per step of the target network's EMA; None: the online network is its own target"""
+    starts_from: str = ""
+    """what --init should hold, e.g. 'a diffusion model'; empty: random weights are usual"""
+    seed: int = 0
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """bf16: autocast with fp32 weights and loss; tf32: on CUDA"""
+    compile: bool = False
+    """torch.compile the network (65-97 s of warm-up on a CPU for little gain)"""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """a NaN or infinite loss or gradient: stop with its cause, or skip the step"""
+    max_skipped: int = 100
+    """skipped steps before the run stops after all"""
+    log_nimg: int = 12_800
+    """images between two lines of log.jsonl"""
+    snapshot_nimg: int = 1_280_000
+    """images between two weights-only snapshots (kept all) and training states (the newest kept); 0: only at the end"""
+    grid_nimg: int = 1_280_000
+    """images between two sample grids; 0: only at the end"""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    published: str = ""
+    """the paper's figures for this preset"""
+
+    def __post_init__(self) -> None:
+        for name in ("total_nimg", "batch_size", "log_nimg"):
+            if getattr(self, name) < 1:
+                raise FewstepError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}")
+        if self.microbatch is not None and self.microbatch < 1:
+            raise FewstepError(f"--microbatch must be 1 or more, got {self.microbatch}")
+        if len({law.name for law in self.averages}) < len(self.averages):
+            raise FewstepError("two averages have the same name: give each --averages.N another decay or std")

@@ -1,0 +1,319 @@
+"""A training run: everything with a side effect, in order, in sight."""
+
+import copy
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from fewstep import distributed
+from fewstep.console import ProgressLine, say
+from fewstep.data import BatchOrder, Images, batches, open_images, to_uint8
+from fewstep.environment import pick_device
+from fewstep.evaluation import Generator, evaluate, reference_of
+from fewstep.files import append_jsonl
+from fewstep.metrics import Extractor, Record, Reference, better, load_extractor
+from fewstep.model import Model, ModelInfo, load_weights, save_model
+from fewstep.networks import Architecture
+from fewstep.pictures import beside, grid, save
+from fewstep.progress import Progress
+from fewstep.recipe import Recipe
+from fewstep.rundir import RunDir
+from fewstep.training import Step, TrainState, training_steps
+from fewstep.types import FewstepError
+
+SIGMA_EDGES = torch.logspace(math.log10(0.002), math.log10(80), 17).tolist()  # the bins of "loss by noise level"
+GRID_SEED = 777  # sample grids use the same noise throughout a run, and in every run
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM: the run is saved and can be resumed."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+def train(
+    recipe: Recipe, out: str | Path, *, init: Model | None = None, resume: bool = False, overwrite: bool = False,
+    device: str = "auto", quiet: bool = False,
+) -> RunDir:  # fmt: skip
+    """Carry out a recipe in the run directory `out`; returns the directory when all its images are seen.
+
+    init: the model whose weights training starts from. resume: continue `out`, bit for bit. overwrite: replace what
+    `out` holds. Raises FewstepError for bad input and non-finite losses, Interrupted (saved) on Ctrl-C and SIGTERM.
+    """
+    place = distributed.start(pick_device(device))
+    images = open_images(recipe.data)
+    shown = images.split("train", recipe.data.heldout)
+    architecture = architecture_for(recipe, images)
+    run = RunDir(out)
+    if distributed.rank() == 0:
+        recipe = run.claim(str(place), recipe, resume, overwrite)
+    distributed.barrier()
+    try:
+        if recipe.precision == "tf32":
+            torch.set_float32_matmul_precision("high")
+        state = TrainState.create(recipe, architecture, place)
+        if init:
+            load_weights(state.model, init.denoiser.state_dict(), str(init.path))
+            state.start_from(init.denoiser.state_dict())
+        seconds, origin = run.load_state(state) if resume else (0.0, init.sha256 if init else "")
+        if resume and distributed.rank() == 0:
+            run.forget_after(state.nimg)
+        if recipe.compile:
+            state.model.network.compile()
+        info = ModelInfo(
+            architecture, recipe.kind, recipe=recipe.name, data=images.name, class_names=images.class_names,
+            second_sigma=recipe.second_sigma, initialised_from=origin,
+        )  # fmt: skip
+        Keeper(run, recipe, images, state, info, seconds, quiet).train(shown)
+    finally:
+        run.release()
+    return run
+
+
+def architecture_for(recipe: Recipe, images: Images) -> Architecture:
+    """The denoiser that the recipe's network becomes on these images; FewstepError when they do not go together."""
+    if recipe.conditional and images.labels is None:
+        raise FewstepError(
+            f"{images.name} has no labels but the recipe is class-conditional: give labelled data (class folders, dataset.json, "
+            "a label column), or train without classes by --no-conditional"
+        )
+    classes = images.num_classes if recipe.conditional else 0
+    return Architecture(recipe.network, images.shape, classes, recipe.sigma_data, recipe.sigma_min)
+
+
+@dataclass
+class Keeper:
+    """Looks after a run while it trains: logs, pictures, evaluations, files, signals."""
+
+    run: RunDir
+    recipe: Recipe
+    images: Images
+    state: TrainState
+    info: ModelInfo
+    seconds: float
+    quiet: bool = False
+    row: "LogRow" = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.main = distributed.rank() == 0
+        self.row = LogRow(len(SIGMA_EDGES) + 1, self.state.device)
+        self.board = tensorboard_writer(self.run.path) if self.main else None
+        self.clock = time.monotonic() - self.seconds
+        self.evaluated: tuple[Extractor, Reference] | None = None
+
+    def train(self, shown: Images) -> None:
+        """From the state's position to the end of the recipe."""
+        recipe, state, total = self.recipe, self.state, self.recipe.total_nimg
+        order = BatchOrder(len(shown), recipe.seed)
+        feed = batches(
+            shown, order, state.nimg, recipe.batch_size, rank=distributed.rank(), world=distributed.world()
+        )  # fmt: skip
+        line = ProgressLine(recipe.name, total, state.nimg, quiet=self.quiet or not self.main)
+        with closing(feed), line, caught_signals() as caught:
+            labelled = feed if recipe.conditional else ((pixels, None) for pixels, _ in feed)
+            steps = training_steps(state, recipe, labelled)
+            while state.nimg < total:
+                step = next(steps)
+                if step.problem:
+                    self.not_finite(step)
+                self.row.add(step)
+                line.note(" ".join(f"{name} {value:.4g}" for name, value in step.losses.items()))
+                line.advance(recipe.batch_size)
+                self.keep(step)
+                if number := signalled(caught, state.device):
+                    self.interrupted(number)
+
+    def due(self, interval: int) -> bool:
+        """Whether the last step passed a multiple of `interval` images, or the end of the run."""
+        nimg = self.state.nimg
+        passed = interval > 0 and nimg // interval > (nimg - self.recipe.batch_size) // interval
+        return passed or nimg >= self.recipe.total_nimg
+
+    def keep(self, step: Step) -> None:
+        """All that is due after this step: the state comes last, so what a killed run lacks is made again."""
+        if self.due(self.recipe.log_nimg):
+            self.log()
+        if self.main and self.due(self.recipe.snapshot_nimg):
+            info = replace(self.info, nimg=step.nimg)
+            save_model(self.run.snapshot_file(step.nimg), self.state.weights("online"), info)
+        if self.main and self.due(self.recipe.grid_nimg):
+            self.draw_grid()
+        ending = step.nimg >= self.recipe.total_nimg
+        every = self.recipe.evaluation.every_nimg
+        if self.main and every and self.due(every):
+            self.evaluate()
+        if self.due(self.recipe.snapshot_nimg) or ending:
+            self.save()
+
+    def save(self) -> None:
+        """The averages' weights and the training state."""
+        if not self.main:
+            return
+        for name in self.state.averages:
+            info = replace(self.info, nimg=self.state.nimg, weights=name)
+            save_model(self.run.average_file(name), self.state.weights(name), info)
+        self.run.save_state(self.state, time.monotonic() - self.clock, self.info.initialised_from)
+
+    def log(self) -> None:
+        """One row: mean losses since the last one, and the loss by noise level."""
+        if self.row.steps and self.main:
+            stage = self.recipe.objective.pairs.stage(
+                Progress(self.state.nimg - self.recipe.batch_size, self.recipe.total_nimg)
+            )
+            row = {"nimg": self.state.nimg, "stage": stage, "skipped": self.state.skipped, **self.row.summary()}
+            row["seconds"] = round(time.monotonic() - self.clock, 3)
+            append_jsonl(self.run.log_file, row)
+            if self.board:
+                for name, value in row["losses"].items():
+                    self.board.add_scalar(f"loss/{name}", value, self.state.nimg)
+                self.board.add_scalar("lr", row["lr"], self.state.nimg)
+        self.row = LogRow(len(SIGMA_EDGES) + 1, self.state.device)
+
+    def shadow(self, name: str) -> Generator:
+        """A generator with the weights called `name`; training goes on untouched."""
+        denoiser = copy.deepcopy(self.state.model).eval().requires_grad_(False)
+        denoiser.load_state_dict(self.state.weights(name))
+        arch = self.info.architecture
+        return Generator(denoiser, arch.shape, arch.num_classes, self.state.device)
+
+    def draw_grid(self) -> None:
+        """Samples of the first average (else the raw weights) from the run's fixed noise: 1 step | 2 steps, or 18 Heun steps."""
+        if len(self.info.architecture.shape) != 3:
+            return
+        generator = self.shadow(next(iter(self.state.averages), "online"))
+        classes = min(self.info.architecture.num_classes, 10)
+        steps = (18,) if self.recipe.kind == "diffusion" else (1, 2)
+        pictures = []
+        for count in steps:
+            labels = list(range(classes)) if classes else None
+            samples = torch.cat(list(generator(self.info.sampler(count), 8 * (classes or 8), GRID_SEED, labels)))
+            pictures.append(grid(to_uint8(samples), classes or 8))
+        save(self.run.grid_file(self.state.nimg), beside(pictures))
+
+    def evaluate(self) -> None:
+        """The Frechet distance of the raw weights and every average; the best so far is kept with its record."""
+        plan = self.recipe.evaluation
+        if self.evaluated is None:
+            extractor = load_extractor(plan.extractor, str(self.state.device))
+            self.evaluated = extractor, reference_of(self.images, extractor, "train", self.recipe.data.heldout)
+        extractor, reference = self.evaluated
+        sampler = self.info.sampler(plan.steps)
+        for name in ("online", *self.state.averages):
+            record = evaluate(self.shadow(name), sampler, reference, extractor, plan.num, (0,), ("fd",), model=name)[0]
+            before = [Record.from_json(row["record"]) for row in self.run.metrics()]
+            row = {"nimg": self.state.nimg, "weights": name, "record": record.to_json()}
+            if all(record.stamp() != old.stamp() or better(record, old) for old in before):
+                info = replace(self.info, nimg=self.state.nimg, weights=name, best=row)
+                save_model(self.run.average_file("best"), self.state.weights(name), info)
+            append_jsonl(self.run.metrics_file, row)
+            if self.board:
+                self.board.add_scalar(f"fd/{name}", record.value, self.state.nimg)
+
+    def not_finite(self, step: Step) -> None:
+        """Skip the step if the recipe says so; otherwise save and stop with the cause."""
+        stage = self.recipe.objective.pairs.stage(Progress(step.nimg - 1, self.recipe.total_nimg))
+        problem = f"{step.problem}, stage {stage}"
+        if self.main:
+            append_jsonl(self.run.path / "problems.jsonl", {"nimg": step.nimg, "problem": problem})
+        if self.recipe.on_nonfinite == "skip" and self.state.skipped <= self.recipe.max_skipped:
+            return
+        self.state.nimg -= self.recipe.batch_size  # a resumed run meets this batch again
+        self.state.skipped -= 1
+        self.save()
+        raise FewstepError(
+            f"{problem}; saved at {self.state.nimg} images in {self.run.path}: start again with a lower --lr.peak or "
+            "another --init, or go on with --resume --on-nonfinite skip"
+        )
+
+    def interrupted(self, number: int) -> None:
+        self.log()
+        self.save()
+        name = signal.Signals(number).name
+        raise Interrupted(number, f"{name}: saved at {self.state.nimg} images; continue with --resume --out {self.run.path}")
+
+
+class LogRow:
+    """Sums since the last line of the log; nothing here waits for the device before summary()."""
+
+    def __init__(self, bins: int, device: torch.device):
+        self.steps, self.images, self.began = 0, 0, time.monotonic()
+        self.losses: dict[str, float] = {}
+        self.norm = self.lr = 0.0
+        self.edges = torch.tensor(SIGMA_EDGES, device=device)
+        self.sums, self.counts = torch.zeros(bins, device=device), torch.zeros(bins, device=device)
+
+    def add(self, step: Step) -> None:
+        if step.problem:
+            return
+        for name, value in step.losses.items():
+            self.losses[name] = self.losses.get(name, 0.0) + value
+        self.steps, self.norm, self.lr = self.steps + 1, self.norm + step.gradient_norm, step.lr
+        self.images += len(step.t) * distributed.world()
+        bins = torch.bucketize(step.t, self.edges)
+        self.sums.index_add_(0, bins, step.per_sample)
+        self.counts.index_add_(0, bins, torch.ones_like(step.t))
+
+    def summary(self) -> dict[str, Any]:
+        means = (self.sums / self.counts).tolist()
+        return {
+            "losses": {name: value / self.steps for name, value in self.losses.items()},
+            "lr": self.lr,
+            "gradient_norm": self.norm / self.steps,
+            "images_per_second": round(self.images / max(time.monotonic() - self.began, 1e-9), 1),
+            "loss_by_sigma": [None if math.isnan(value) else value for value in means],
+        }
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM become entries of a list, so that the step in progress is finished and saved."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+
+    def catch(number: int, frame: FrameType | None) -> None:
+        if caught:  # asked twice: go at once
+            raise KeyboardInterrupt
+        caught.append(number)
+        say(f"{signal.Signals(number).name}: finishing this step, then saving (again: stop at once)")
+
+    old = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def signalled(caught: list[int], device: torch.device) -> int:
+    """The signal that any process has caught, so that all of them stop after the same step; 0: none."""
+    if distributed.world() == 1:
+        return caught[0] if caught else 0
+    numbers = torch.zeros(65, device=device)
+    numbers[caught[0] if caught else 0] = 1
+    distributed.sum_over_ranks([numbers])
+    return int(numbers[1:].argmax()) + 1 if numbers[1:].any() else 0
+
+
+def tensorboard_writer(path: Path) -> Any:
+    """A TensorBoard writer when tensorboard is installed, else None."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(path / "tensorboard"))
+
+
+__all__ = ["SIGMA_EDGES", "Interrupted", "Keeper", "architecture_for", "train"]

@@ -1,0 +1,141 @@
+"""A run directory: what lies where, who owns it, and its training state."""
+
+import json
+import shutil
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import IO, Any
+
+from fewstep import codec
+from fewstep.environment import environment
+from fewstep.files import atomic_write, read_json, read_jsonl, write_json
+from fewstep.recipe import Recipe
+from fewstep.snapshots import format as snapshot
+from fewstep.training import TrainState
+from fewstep.types import FewstepError
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock there
+    fcntl = None  # type: ignore[assignment]
+
+# What a resumed run may change: nothing here touches the weights it will reach.
+ALTERABLE = {
+    "microbatch", "compile", "on_nonfinite", "max_skipped", "log_nimg", "snapshot_nimg", "grid_nimg", "evaluation",
+    "second_sigma", "published",
+}  # fmt: skip
+
+
+class RunDir:
+    """recipe.json, environment.json, log.jsonl, metrics.jsonl, state.safetensors, snapshots/, averages/, samples/."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.recipe_file = self.path / "recipe.json"
+        self.log_file = self.path / "log.jsonl"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.state_file = self.path / "state.safetensors"
+        self.lock: IO[str] | None = None
+
+    def snapshot_file(self, nimg: int) -> Path:
+        return self.path / "snapshots" / f"{nimg:012d}.safetensors"
+
+    def average_file(self, name: str) -> Path:
+        return self.path / "averages" / f"{name}.safetensors"
+
+    def grid_file(self, nimg: int) -> Path:
+        return self.path / "samples" / f"{nimg:012d}.png"
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe of the run."""
+        recipe = codec.decode(read_json(self.recipe_file))
+        if not isinstance(recipe, Recipe):
+            raise FewstepError(f"{self.recipe_file} holds no recipe: is {self.path} a fewstep run?")
+        return recipe
+
+    def log(self) -> list[dict[str, Any]]:
+        """The rows of log.jsonl."""
+        return read_jsonl(self.log_file)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl: {"nimg", "weights", "record"}."""
+        return read_jsonl(self.metrics_file)
+
+    def claim(self, device: str, recipe: Recipe, resume: bool, overwrite: bool) -> Recipe:
+        """Own the directory: begin a new run, or continue the one that is there. Never by guess."""
+        occupied = self.recipe_file.exists() or (self.path.exists() and any(self.path.iterdir()))
+        if resume and not self.recipe_file.exists():
+            raise FewstepError(f"{self.path} holds no run to resume: leave out --resume to start one there")
+        if occupied and not resume and not self.recipe_file.exists():
+            raise FewstepError(f"{self.path} is not empty and no fewstep run: choose another --out")
+        if occupied and not (resume or overwrite):
+            raise FewstepError(f"{self.path} holds a run: continue it with --resume, replace it with --overwrite, or choose another --out")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.take_lock()
+        if resume:
+            recipe = self.reconcile(recipe)
+        elif occupied:
+            self.clear()
+        write_json(self.recipe_file, codec.encode(recipe))
+        write_json(self.path / "environment.json", environment(device))
+        return recipe
+
+    def take_lock(self) -> None:
+        """Refuse a directory that another process is training in; the lock ends with the process, however it ends."""
+        if fcntl is None:
+            return
+        self.lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.close()
+            raise FewstepError(f"{self.path} is in use by another process: wait for it, or choose another --out") from None
+
+    def release(self) -> None:
+        """Give the directory free."""
+        if self.lock:
+            self.lock.close()
+            self.lock = None
+
+    def clear(self) -> None:
+        """Remove a run's own files (told so by --overwrite), and nothing else that lies there."""
+        for name in ("snapshots", "averages", "samples", "tensorboard"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for file in (self.log_file, self.metrics_file, self.state_file, self.path / "report.html"):
+            file.unlink(missing_ok=True)
+
+    def reconcile(self, asked: Recipe) -> Recipe:
+        """The recipe of a resumed run: the stored one with the harmless changes asked for; anything else is refused."""
+        stored = self.recipe()
+        changed = [f.name for f in fields(Recipe) if codec.encode(getattr(stored, f.name)) != codec.encode(getattr(asked, f.name))]
+        forbidden = sorted(set(changed) - ALTERABLE)
+        if forbidden:
+            what = ", ".join(forbidden)
+            raise FewstepError(f"{self.path} was begun with another {what}: a resumed run keeps them; start a new run with --init {self.path}")
+        return asked
+
+    def save_state(self, state: TrainState, seconds: float, origin: str) -> None:
+        """The one training state, replacing the older one only when it is whole."""
+        header = {"nimg": state.nimg, "skipped": state.skipped, "seconds": seconds, "initialised_from": origin}
+        snapshot.write(self.state_file, state.tensors(), {"state": header})
+
+    def load_state(self, state: TrainState) -> tuple[float, str]:
+        """Continue from the saved training state; returns the seconds trained and the hash of the weights it began with."""
+        stored = snapshot.read(self.state_file)
+        state.load_tensors(stored.tensors)
+        saved = stored.header["state"]
+        state.nimg, state.skipped = saved["nimg"], saved["skipped"]
+        return float(saved["seconds"]), saved["initialised_from"]
+
+    def forget_after(self, nimg: int) -> None:
+        """Drop rows and files beyond the resumed state: they will be made again, the same."""
+        for file in (self.log_file, self.metrics_file):
+            if file.exists():
+                kept = [row for row in read_jsonl(file) if row["nimg"] <= nimg]
+                atomic_write(file, "".join(json.dumps(row) + "\n" for row in kept))
+        for folder in ("snapshots", "samples"):
+            for file in (self.path / folder).glob("*"):
+                with suppress(ValueError):
+                    if int(file.stem) > nimg:
+                        file.unlink()

@@ -1,0 +1,91 @@
+"""The snapshot file: tensors in safetensors, and in its metadata a JSON header with two SHA-256 sums.
+
+`weights_sha256` is over the tensors and names the weights wherever a number is quoted for them; `header_sha256` is over
+the header itself. One flipped bit anywhere is an error. Nothing is ever unpickled.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fewstep.files import atomic_write
+from fewstep.types import FewstepError
+
+FORMAT = "fewstep/1"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a file held."""
+
+    tensors: dict[str, Tensor]
+    header: dict[str, Any]
+    weights_sha256: str
+
+
+def weights_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every tensor in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> str:
+    """Store tensors with a JSON-able header, atomically; returns the weights' SHA-256."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    digest = weights_hash(plain)
+    text = json.dumps({**header, "weights_sha256": digest})
+    metadata = {"format": FORMAT, "header": text, "header_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    atomic_write(path, lambda sibling: save_file(plain, str(sibling), metadata=metadata))
+    return digest
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What the file says it is, without its tensors. FewstepError for anything but an intact fewstep file."""
+    if not path.is_file():
+        raise FewstepError(f"{path} does not exist: give a run directory or a .safetensors snapshot")
+    refuse_pickle(path)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise FewstepError(f"{path} is truncated or damaged ({error}): use another snapshot of the run") from None
+    if metadata.get("format") != FORMAT:
+        raise FewstepError(f"{path} is a safetensors file but not a fewstep snapshot: give one that fewstep saved")
+    text = metadata.get("header", "")
+    if hashlib.sha256(text.encode()).hexdigest() != metadata.get("header_sha256"):
+        raise FewstepError(f"{path} is damaged (its header does not match its checksum): use another snapshot of the run")
+    return json.loads(text)
+
+
+def read(path: Path) -> Stored:
+    """The whole file, checked against its checksums, on the CPU."""
+    header = read_header(path)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise FewstepError(f"{path} is truncated or damaged ({error}): use another snapshot of the run") from None
+    digest = weights_hash(tensors)
+    if digest != header["weights_sha256"]:
+        raise FewstepError(f"{path} is damaged (its weights do not match their checksum): use another snapshot of the run")
+    return Stored(tensors, header, digest)
+
+
+def refuse_pickle(path: Path) -> None:
+    """FewstepError for pickles and PyTorch archives, which could run code when opened."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start[:1] == b"\x80" or start == b"PK\x03\x04" or path.suffix in {".pkl", ".pt", ".pth", ".ckpt"}:
+        raise FewstepError(f"{path} is a pickle, which can run code when opened: fewstep reads .safetensors only")
