@@ -14,7 +14,17 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _globals_untouched() -> Iterator[None]:
-    before = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), torch.get_float32_matmul_precision())
+    before = (
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.get_num_threads(),
+        torch.get_float32_matmul_precision(),
+    )
     yield
-    after = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), torch.get_float32_matmul_precision())
+    after = (
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.get_num_threads(),
+        torch.get_float32_matmul_precision(),
+    )
     assert before == after, "a test changed PyTorch's global state"

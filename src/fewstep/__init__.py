@@ -1,33 +1,34 @@
 """fewstep turns a diffusion model into a one- or two-step image generator.
 
-    import fewstep
-    model = fewstep.load("runs/ect")                           # a run directory or a snapshot
-    images = fewstep.sample(model, steps=2, num=64, seed=0)    # uint8 [64, C, H, W]
-    losses = fewstep.loss(model, fewstep.get_recipe("ect").objective, x, labels)
-    records = fewstep.evaluate(model, "digits", steps=1)       # stamped numbers
+import fewstep
+model = fewstep.load("runs/ect")                           # a run directory or a snapshot
+images = fewstep.sample(model, steps=2, num=64, seed=0)    # uint8 [64, C, H, W]
+losses = fewstep.loss(model, fewstep.get_recipe("ect").objective, x, labels)
+records = fewstep.evaluate(model, "digits", steps=1)       # stamped numbers
 """
 
 from typing import TYPE_CHECKING, Any
 
 from fewstep._version import __version__
-from fewstep.types import Denoiser, FewstepError
 
 if TYPE_CHECKING:
     from fewstep.api import evaluate, get_recipe, loss, sample, train
     from fewstep.model import Model, load
+    from fewstep.types import Denoiser, FewstepError
 
 __all__ = [
     "Denoiser", "FewstepError", "Model", "__version__", "evaluate", "get_recipe", "load", "loss", "sample", "train",
 ]  # fmt: skip
 
 _HOMES = {
-    "Model": "model", "load": "model", "evaluate": "api", "get_recipe": "api", "loss": "api", "sample": "api",
-    "train": "api",
+    "Denoiser": "types", "FewstepError": "types", "Model": "model", "load": "model",
+    "evaluate": "api", "get_recipe": "api", "loss": "api",
+    "sample": "api", "train": "api",
 }  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for only then: `import fewstep` costs no more than torch."""
+    """Import what is asked for only then: `import fewstep` itself costs nothing."""
     import importlib
 
     if name not in _HOMES:

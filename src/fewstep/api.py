@@ -40,7 +40,12 @@ def sample(
 
 
 def loss(
-    model: Model, objective: PairObjective, x: Sample, label: Labels = None, progress: Progress | None = None, seed: int = 0
+    model: Model,
+    objective: PairObjective,
+    x: Sample,
+    label: Labels = None,
+    progress: Progress | None = None,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """The terms of an objective on a batch x [n, C, H, W] in [-1, 1] (each a scalar; their sum is the loss)."""
     return objective(Networks(model.denoiser), x, label, progress or Progress(0, 1), seed)

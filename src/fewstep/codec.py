@@ -1,4 +1,4 @@
-"""Components to JSON and back: frozen dataclasses of fewstep (or of a module the user trusts), numbers, strings, tuples, dicts."""
+"""Components to JSON and back: frozen dataclasses of fewstep or a trusted package, numbers, strings, tuples, dicts."""
 
 import dataclasses
 import importlib
@@ -44,7 +44,9 @@ def decode(value: Any) -> Any:
     try:
         kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
-        raise FewstepError(f"{value['is']} is unknown to this version of fewstep: install the version it was made with") from None
+        raise FewstepError(
+            f"{value['is']} is unknown to this version of fewstep: install the version it was made with"
+        ) from None
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
         raise FewstepError(f"{value['is']} is not a component")
     try:
@@ -55,4 +57,6 @@ def decode(value: Any) -> Any:
 
 def check_trusted(module: str) -> None:
     if module.partition(".")[0] not in _trusted:
-        raise FewstepError(f"{module} is not part of fewstep: call fewstep.codec.trust({module.partition('.')[0]!r}) first")
+        raise FewstepError(
+            f"{module} is not part of fewstep: call fewstep.codec.trust({module.partition('.')[0]!r}) first"
+        )

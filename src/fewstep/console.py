@@ -29,14 +29,18 @@ class ProgressLine:
             TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
             console=console, refresh_per_second=4, speed_estimate_period=60,
         )  # fmt: skip
-        self.task = self.live.add_task(escape(title), total=total, completed=done, rate="", note="") if self.live else None
+        self.task = (
+            self.live.add_task(escape(title), total=total, completed=done, rate="", note="") if self.live else None
+        )
 
     def __enter__(self) -> "ProgressLine":
         if self.live:
             self.live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.live:
             self.live.stop()
         elif not self.quiet:

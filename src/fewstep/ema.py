@@ -1,5 +1,6 @@
 """Averages of the weights along training, each with the law of its decay."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -64,21 +65,33 @@ class PowerEMA:
         return (1 - min(batch / nimg, 1.0)) ** (self.gamma + 1)
 
 
+def average_law(name: str) -> AverageLaw:
+    """The law of that name: ema-0.9999 (a decay per step) or power-0.1 (a relative width); FewstepError otherwise."""
+    kind, _, number = name.partition("-")
+    kinds: dict[str, type[ConstantEMA] | type[PowerEMA]] = {"ema": ConstantEMA, "power": PowerEMA}
+    try:
+        return kinds[kind](float(number))
+    except (KeyError, ValueError) as error:
+        if isinstance(error, FewstepError):
+            raise
+        raise FewstepError(f"unknown average {name!r}: use ema-DECAY or power-STD, e.g. ema-0.9999 power-0.1") from None
+
+
 class Average:
     """A running average of a network's parameters."""
 
-    def __init__(self, law: AverageLaw, parameters: dict[str, Tensor]):
+    def __init__(self, law: AverageLaw, parameters: Mapping[str, Tensor]):
         self.law = law
         self.weights = {name: p.detach().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
-    def update(self, parameters: dict[str, Tensor], nimg: int, batch: int) -> None:
+    def update(self, parameters: Mapping[str, Tensor], nimg: int, batch: int) -> None:
         """Move towards the parameters by 1 - beta; nimg counts the images seen including this step's."""
         beta = self.law.beta(nimg, batch)
         lerp(self.weights, parameters, 1 - beta)
 
 
 @torch.no_grad()
-def lerp(average: dict[str, Tensor], towards: dict[str, Tensor], weight: float) -> None:
+def lerp(average: Mapping[str, Tensor], towards: Mapping[str, Tensor], weight: float) -> None:
     """average += weight * (towards - average), in place, in one fused call."""
     torch._foreach_lerp_(list(average.values()), [towards[name].detach() for name in average], weight)

@@ -28,7 +28,9 @@ def commit() -> str | None:
     here = Path(__file__).resolve().parent
     try:
         head = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
-        tracked = subprocess.run(["git", "-C", here, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=5)
+        tracked = subprocess.run(
+            ["git", "-C", here, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=5
+        )
         changed = subprocess.run(["git", "-C", here, "diff", "--quiet", "HEAD"], capture_output=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -75,7 +77,9 @@ def pick_device(name: str = "auto") -> torch.device:
     except RuntimeError:
         raise FewstepError(f"unknown device {name!r}: use auto, cpu, cuda, cuda:1 or mps") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise FewstepError(f"--device {name}: PyTorch sees no CUDA GPU here; use --device cpu (fewstep doctor says more)")
+        raise FewstepError(
+            f"--device {name}: PyTorch sees no CUDA GPU here; use --device cpu (fewstep doctor says more)"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise FewstepError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s)")
     if device.type == "mps" and not torch.backends.mps.is_available():

@@ -4,37 +4,43 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fewstep.types import FewstepError
 
+PART = ".part"  # ends the name of the folder in which a file is written
+FULL = {errno.ENOSPC, errno.EDQUOT}
+
 
 def atomic_write(path: Path, content: bytes | str | Callable[[Path], None]) -> None:
-    """Write a file whole or not at all: into a sibling, flushed to the disk, then renamed over the old one.
+    """Write a file whole or not at all: in a folder beside it, flushed to the disk, then renamed over the old one.
 
-    `content` may be a function that writes the sibling itself. A full disk leaves the old file as it was and raises
-    FewstepError.
+    `content` may be a function that writes the file at the path it is given. A full disk leaves the old file as it was
+    and raises FewstepError. Whatever a killed process leaves behind, safetensors' own temporary file too, is in the folder.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sibling = path.with_name(f".{path.name}.{os.getpid()}.part")
+    folder = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+    new = folder / path.name
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         if callable(content):
-            content(sibling)
+            content(new)
         else:
-            sibling.write_bytes(content.encode() if isinstance(content, str) else content)
-        with sibling.open("rb") as file:
+            new.write_bytes(content.encode() if isinstance(content, str) else content)
+        new.chmod(folder.stat().st_mode & 0o666)  # as the umask says: safetensors lets nobody but the owner read
+        with new.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(sibling, path)
+        os.replace(new, path)
     except Exception as error:
-        with contextlib.suppress(OSError):
-            sibling.unlink()
-        if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
+        if getattr(error, "errno", None) in FULL or any(f"os error {number}" in str(error) for number in FULL):
             raise FewstepError(
                 f"the disk is full: {path} was not written (what was saved before is intact); free some space and resume"
             ) from error
         raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -58,7 +64,7 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in FULL:
             raise FewstepError(f"the disk is full: {path} could not grow; free some space and resume") from error
         raise
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fewstep import codec
+from fewstep.files import read_json
 from fewstep.networks import Architecture, Preconditioned
-from fewstep.samplers import SECOND_SIGMA, FewStep, Heun, Sampler, few_step
+from fewstep.samplers import SECOND_SIGMA, Heun, Sampler, few_step
 from fewstep.snapshots import format as snapshot
 from fewstep.types import FewstepError
 
@@ -86,7 +87,12 @@ def read_info(header: Mapping[str, Any], path: Path) -> ModelInfo:
     """The description from a snapshot's header."""
     if "model" not in header:
         raise FewstepError(f"{path} holds a training state, not a model: give the run directory or a snapshot")
-    return ModelInfo(**codec.decode(dict(header["model"])), best=header.get("best", {}))
+    try:
+        return ModelInfo(**codec.decode(dict(header["model"])), best=header.get("best", {}))
+    except TypeError as error:
+        raise FewstepError(
+            f"{path} does not fit this version of fewstep ({error}): use the version that made it"
+        ) from None
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Model:
@@ -127,17 +133,28 @@ def find(path: str | Path) -> Path:
     if not folder.is_dir():
         return folder if not name else Path(text)
     averages, snapshots = folder / "averages", sorted((folder / "snapshots").glob("*.safetensors"))
-    named = sorted(averages.glob("*.safetensors"))
+    named = in_order(sorted(averages.glob("*.safetensors")), folder / "recipe.json")
     if name == "online" and snapshots:
         return snapshots[-1]
-    candidates = [averages / f"{name}.safetensors"] if name else [averages / "best.safetensors", *named, *snapshots[-1:]]
+    candidates = (
+        [averages / f"{name}.safetensors"] if name else [averages / "best.safetensors", *named, *snapshots[-1:]]
+    )
     for candidate in candidates:
         if candidate.exists():
             return candidate
     known = ", ".join([p.stem for p in named] + ["online"] * bool(snapshots))
     if known:
         raise FewstepError(f"{folder} has no weights called {name!r}: it has {known}")
-    raise FewstepError(f"{folder} holds no model: give a run directory that has saved at least once, or a snapshot file")
+    raise FewstepError(
+        f"{folder} holds no model: give a run directory that has saved at least once, or a snapshot file"
+    )
+
+
+def in_order(files: list[Path], recipe: Path) -> list[Path]:
+    """The averages' files, those of the recipe first and in its order."""
+    laws = codec.decode(read_json(recipe).get("averages", [])) if recipe.exists() else ()
+    names = [law.name for law in laws]
+    return sorted(files, key=lambda file: names.index(file.stem) if file.stem in names else len(names))
 
 
 def store_second_sigma(model: Model, sigma: float) -> Model:
@@ -146,11 +163,6 @@ def store_second_sigma(model: Model, sigma: float) -> Model:
     info = replace(model.info, second_sigma=sigma)
     save_model(model.path, model.denoiser.state_dict(), info)
     return replace(model, info=info)
-
-
-def one_step(model: Model) -> FewStep:
-    """D(80 z, 80), whatever kind of model it is (the picture 'before tuning')."""
-    return few_step(1, model.info.second_sigma)
 
 
 __all__ = ["Model", "ModelInfo", "find", "load", "load_weights", "save_model", "store_second_sigma"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -55,5 +56,5 @@ def check_sigmas(sigmas: Sequence[float]) -> None:
     """FewstepError unless the noise levels are positive and strictly decreasing (EDM units, 80 is pure noise)."""
     if not sigmas:
         raise FewstepError("at least one step is needed (--steps 1 or more)")
-    if any(s <= 0 for s in sigmas) or any(a <= b for a, b in zip(sigmas, sigmas[1:], strict=False)):
+    if not all(s > 0 for s in sigmas) or any(a <= b for a, b in pairwise(sigmas)):
         raise FewstepError(f"noise levels must be positive and strictly decreasing, e.g. 80 0.821; got {list(sigmas)}")

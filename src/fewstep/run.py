@@ -18,7 +18,7 @@ from fewstep import distributed
 from fewstep.console import ProgressLine, say
 from fewstep.data import BatchOrder, Images, batches, open_images, to_uint8
 from fewstep.environment import pick_device
-from fewstep.evaluation import Generator, evaluate, reference_of
+from fewstep.evaluation import EVALUATION_SEED, Generator, evaluate, reference_of
 from fewstep.files import append_jsonl
 from fewstep.metrics import Extractor, Record, Reference, better, load_extractor
 from fewstep.model import Model, ModelInfo, load_weights, save_model
@@ -34,7 +34,7 @@ SIGMA_EDGES = torch.logspace(math.log10(0.002), math.log10(80), 17).tolist()  # 
 GRID_SEED = 777  # sample grids use the same noise throughout a run, and in every run
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM: the run is saved and can be resumed."""
 
     def __init__(self, number: int, message: str):
@@ -56,10 +56,10 @@ def train(
     shown = images.split("train", recipe.data.heldout)
     architecture = architecture_for(recipe, images)
     run = RunDir(out)
-    if distributed.rank() == 0:
-        recipe = run.claim(str(place), recipe, resume, overwrite)
-    distributed.barrier()
     try:
+        if distributed.rank() == 0:
+            recipe = run.claim(str(place), recipe, resume, overwrite)
+        distributed.barrier()
         if recipe.precision == "tf32":
             torch.set_float32_matmul_precision("high")
         state = TrainState.create(recipe, architecture, place)
@@ -67,8 +67,8 @@ def train(
             load_weights(state.model, init.denoiser.state_dict(), str(init.path))
             state.start_from(init.denoiser.state_dict())
         seconds, origin = run.load_state(state) if resume else (0.0, init.sha256 if init else "")
-        if resume and distributed.rank() == 0:
-            run.forget_after(state.nimg)
+        if distributed.rank() == 0:  # from here on, a run killed at any moment can be resumed
+            run.forget_after(state.nimg) if resume else run.save_state(state, seconds, origin)
         if recipe.compile:
             state.model.network.compile()
         info = ModelInfo(
@@ -85,8 +85,8 @@ def architecture_for(recipe: Recipe, images: Images) -> Architecture:
     """The denoiser that the recipe's network becomes on these images; FewstepError when they do not go together."""
     if recipe.conditional and images.labels is None:
         raise FewstepError(
-            f"{images.name} has no labels but the recipe is class-conditional: give labelled data (class folders, dataset.json, "
-            "a label column), or train without classes by --no-conditional"
+            f"{images.name} has no labels but the recipe is class-conditional: give labelled data (class folders, "
+            "dataset.json, a label column), or train without classes by --no-conditional"
         )
     classes = images.num_classes if recipe.conditional else 0
     return Architecture(recipe.network, images.shape, classes, recipe.sigma_data, recipe.sigma_min)
@@ -133,6 +133,8 @@ class Keeper:
                 self.keep(step)
                 if number := signalled(caught, state.device):
                     self.interrupted(number)
+        if self.board:
+            self.board.close()
 
     def due(self, interval: int) -> bool:
         """Whether the last step passed a multiple of `interval` images, or the end of the run."""
@@ -142,18 +144,20 @@ class Keeper:
 
     def keep(self, step: Step) -> None:
         """All that is due after this step: the state comes last, so what a killed run lacks is made again."""
-        if self.due(self.recipe.log_nimg):
+        saving = self.due(self.recipe.snapshot_nimg)
+        if (
+            self.due(self.recipe.log_nimg) or saving
+        ):  # the sums of a row are not in the state: it begins with an empty one
             self.log()
-        if self.main and self.due(self.recipe.snapshot_nimg):
+        if self.main and saving:
             info = replace(self.info, nimg=step.nimg)
             save_model(self.run.snapshot_file(step.nimg), self.state.weights("online"), info)
         if self.main and self.due(self.recipe.grid_nimg):
             self.draw_grid()
-        ending = step.nimg >= self.recipe.total_nimg
         every = self.recipe.evaluation.every_nimg
         if self.main and every and self.due(every):
             self.evaluate()
-        if self.due(self.recipe.snapshot_nimg) or ending:
+        if saving:
             self.save()
 
     def save(self) -> None:
@@ -188,7 +192,7 @@ class Keeper:
         return Generator(denoiser, arch.shape, arch.num_classes, self.state.device)
 
     def draw_grid(self) -> None:
-        """Samples of the first average (else the raw weights) from the run's fixed noise: 1 step | 2 steps, or 18 Heun steps."""
+        """Samples of the first average, else the raw weights, from the run's fixed noise: 1 | 2 steps, or 18 Heun steps."""
         if len(self.info.architecture.shape) != 3:
             return
         generator = self.shadow(next(iter(self.state.averages), "online"))
@@ -210,7 +214,9 @@ class Keeper:
         extractor, reference = self.evaluated
         sampler = self.info.sampler(plan.steps)
         for name in ("online", *self.state.averages):
-            record = evaluate(self.shadow(name), sampler, reference, extractor, plan.num, (0,), ("fd",), model=name)[0]
+            record = evaluate(
+                self.shadow(name), sampler, reference, extractor, plan.num, (EVALUATION_SEED,), model=name
+            )[0]
             before = [Record.from_json(row["record"]) for row in self.run.metrics()]
             row = {"nimg": self.state.nimg, "weights": name, "record": record.to_json()}
             if all(record.stamp() != old.stamp() or better(record, old) for old in before):
@@ -222,25 +228,32 @@ class Keeper:
 
     def not_finite(self, step: Step) -> None:
         """Skip the step if the recipe says so; otherwise save and stop with the cause."""
-        stage = self.recipe.objective.pairs.stage(Progress(step.nimg - 1, self.recipe.total_nimg))
+        stage = self.recipe.objective.pairs.stage(Progress(step.nimg - self.recipe.batch_size, self.recipe.total_nimg))
         problem = f"{step.problem}, stage {stage}"
         if self.main:
-            append_jsonl(self.run.path / "problems.jsonl", {"nimg": step.nimg, "problem": problem})
+            append_jsonl(self.run.problems_file, {"nimg": step.nimg, "problem": problem})
         if self.recipe.on_nonfinite == "skip" and self.state.skipped <= self.recipe.max_skipped:
             return
         self.state.nimg -= self.recipe.batch_size  # a resumed run meets this batch again
         self.state.skipped -= 1
+        again = "start again with a lower --lr.peak or another --init"
+        if not all(tensor.isfinite().all() for tensor in self.state.tensors().values()):
+            raise FewstepError(
+                f"{problem}; the weights overflowed before, so {self.run.path} keeps its last good state: {again}"
+            )
         self.save()
         raise FewstepError(
-            f"{problem}; saved at {self.state.nimg} images in {self.run.path}: start again with a lower --lr.peak or "
-            "another --init, or go on with --resume --on-nonfinite skip"
+            f"{problem}; saved at {self.state.nimg} images in {self.run.path}: {again}, or go on with "
+            "--resume --on-nonfinite skip"
         )
 
     def interrupted(self, number: int) -> None:
         self.log()
         self.save()
         name = signal.Signals(number).name
-        raise Interrupted(number, f"{name}: saved at {self.state.nimg} images; continue with --resume --out {self.run.path}")
+        raise Interrupted(
+            number, f"{name}: saved at {self.state.nimg} images; continue with --resume --out {self.run.path}"
+        )
 
 
 class LogRow:

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from fewstep import codec
 from fewstep.environment import environment
-from fewstep.files import atomic_write, read_json, read_jsonl, write_json
+from fewstep.files import PART, atomic_write, read_json, read_jsonl, write_json
 from fewstep.recipe import Recipe
 from fewstep.snapshots import format as snapshot
 from fewstep.training import TrainState
@@ -35,6 +35,7 @@ class RunDir:
         self.recipe_file = self.path / "recipe.json"
         self.log_file = self.path / "log.jsonl"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.problems_file = self.path / "problems.jsonl"
         self.state_file = self.path / "state.safetensors"
         self.lock: IO[str] | None = None
 
@@ -64,19 +65,26 @@ class RunDir:
 
     def claim(self, device: str, recipe: Recipe, resume: bool, overwrite: bool) -> Recipe:
         """Own the directory: begin a new run, or continue the one that is there. Never by guess."""
-        occupied = self.recipe_file.exists() or (self.path.exists() and any(self.path.iterdir()))
+        leftover = [self.path / ".lock", *self.leftovers()]  # of a process killed before it wrote the recipe
+        occupied = self.path.exists() and any(file not in leftover for file in self.path.iterdir())
         if resume and not self.recipe_file.exists():
             raise FewstepError(f"{self.path} holds no run to resume: leave out --resume to start one there")
         if occupied and not resume and not self.recipe_file.exists():
             raise FewstepError(f"{self.path} is not empty and no fewstep run: choose another --out")
         if occupied and not (resume or overwrite):
-            raise FewstepError(f"{self.path} holds a run: continue it with --resume, replace it with --overwrite, or choose another --out")
+            raise FewstepError(
+                f"{self.path} holds a run: continue it with --resume, replace it with --overwrite, or choose another --out"
+            )
+        if occupied and not resume and '"fewstep.recipe:Recipe"' not in self.recipe_file.read_text(errors="replace"):
+            raise FewstepError(f"{self.recipe_file} is not a fewstep run's: choose another --out")
         self.path.mkdir(parents=True, exist_ok=True)
         self.take_lock()
         if resume:
             recipe = self.reconcile(recipe)
         elif occupied:
             self.clear()
+        for folder in self.leftovers():
+            shutil.rmtree(folder, ignore_errors=True)
         write_json(self.recipe_file, codec.encode(recipe))
         write_json(self.path / "environment.json", environment(device))
         return recipe
@@ -90,7 +98,9 @@ class RunDir:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.lock.close()
-            raise FewstepError(f"{self.path} is in use by another process: wait for it, or choose another --out") from None
+            raise FewstepError(
+                f"{self.path} is in use by another process: wait for it, or choose another --out"
+            ) from None
 
     def release(self) -> None:
         """Give the directory free."""
@@ -100,19 +110,35 @@ class RunDir:
 
     def clear(self) -> None:
         """Remove a run's own files (told so by --overwrite), and nothing else that lies there."""
-        for name in ("snapshots", "averages", "samples", "tensorboard"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        for file in (self.log_file, self.metrics_file, self.state_file, self.path / "report.html"):
+        for pattern in (
+            "snapshots/*.safetensors",
+            "averages/*.safetensors",
+            "samples/[0-9]*.png",
+            "tensorboard/events.*",
+        ):
+            for file in self.path.glob(pattern):
+                file.unlink()
+        for file in (self.log_file, self.metrics_file, self.problems_file, self.state_file, self.path / "report.html"):
             file.unlink(missing_ok=True)
+
+    def leftovers(self) -> list[Path]:
+        """Folders with the half-written file of a process that was killed."""
+        return [*self.path.glob(f".*.*{PART}"), *self.path.glob(f"*/.*.*{PART}")]
 
     def reconcile(self, asked: Recipe) -> Recipe:
         """The recipe of a resumed run: the stored one with the harmless changes asked for; anything else is refused."""
         stored = self.recipe()
-        changed = [f.name for f in fields(Recipe) if codec.encode(getattr(stored, f.name)) != codec.encode(getattr(asked, f.name))]
+        changed = [
+            f.name
+            for f in fields(Recipe)
+            if codec.encode(getattr(stored, f.name)) != codec.encode(getattr(asked, f.name))
+        ]
         forbidden = sorted(set(changed) - ALTERABLE)
         if forbidden:
             what = ", ".join(forbidden)
-            raise FewstepError(f"{self.path} was begun with another {what}: a resumed run keeps them; start a new run with --init {self.path}")
+            raise FewstepError(
+                f"{self.path} was begun with another {what}: a resumed run keeps them; start a new run with --init {self.path}"
+            )
         return asked
 
     def save_state(self, state: TrainState, seconds: float, origin: str) -> None:
@@ -122,6 +148,8 @@ class RunDir:
 
     def load_state(self, state: TrainState) -> tuple[float, str]:
         """Continue from the saved training state; returns the seconds trained and the hash of the weights it began with."""
+        if not self.state_file.exists():
+            raise FewstepError(f"{self.path} was stopped before it saved anything: start it again with --overwrite")
         stored = snapshot.read(self.state_file)
         state.load_tensors(stored.tensors)
         saved = stored.header["state"]
@@ -130,7 +158,7 @@ class RunDir:
 
     def forget_after(self, nimg: int) -> None:
         """Drop rows and files beyond the resumed state: they will be made again, the same."""
-        for file in (self.log_file, self.metrics_file):
+        for file in (self.log_file, self.metrics_file, self.problems_file):
             if file.exists():
                 kept = [row for row in read_jsonl(file) if row["nimg"] <= nimg]
                 atomic_write(file, "".join(json.dumps(row) + "\n" for row in kept))

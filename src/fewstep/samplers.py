@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -19,7 +20,8 @@ SECOND_SIGMA = 0.821  # ECT and iCT on CIFAR-10: found by search, not theory
 class Sampler(Protocol):
     """Noise levels and what to do at them. nfe is the number of network evaluations per sample."""
 
-    sigmas: tuple[float, ...]
+    @property
+    def sigmas(self) -> tuple[float, ...]: ...
 
     @property
     def nfe(self) -> int: ...
@@ -76,7 +78,7 @@ class Heun:
         x = self.sigmas[0] * noise(0)
         times = [x.new_full((len(x),), sigma) for sigma in self.sigmas]
         step = ode.Heun()
-        for t, r in zip(times, times[1:], strict=False):
+        for t, r in pairwise(times):
             x = step(denoiser, x, t, r, label)
         return denoiser(x, times[-1], label)  # the Euler step to 0
 
@@ -85,6 +87,7 @@ def few_step(steps: int, second_sigma: float = SECOND_SIGMA) -> FewStep:
     """Consistency sampling in `steps` steps: 80, then geometrically from 80 to second_sigma, which is the last of them."""
     if steps < 1:
         raise FewstepError(f"--steps must be 1 or more, got {steps}")
+    check_sigmas((SIGMA_MAX, second_sigma))
     ratio = math.log(second_sigma / SIGMA_MAX) / max(steps - 1, 1)
     inner = [SIGMA_MAX * math.exp(ratio * k) for k in range(steps - 1)]
     return FewStep((SIGMA_MAX,) if steps == 1 else (*inner, second_sigma))

@@ -149,7 +149,7 @@ def training_steps(
                      1 - recipe.target_decay(progress))  # fmt: skip
         else:
             state.skipped += 1
-            problem = find_cause(losses, gradients, draw, progress)
+            problem = find_cause(losses, dict(zip(losses, values[1:], strict=True)), gradients, draw, progress)
         yield Step(
             state.nimg, dict(zip(losses, values[1:], strict=True)), lr, values[0], draw.t,
             torch.stack(list(losses.values())).sum(0), problem,
@@ -183,7 +183,11 @@ def random_flip(x: Sample, seed: int, nimg: int) -> Sample:
 
 
 def find_cause(
-    losses: dict[str, PerSample], gradients: dict[str, Tensor], draw: Draw, progress: Progress
+    losses: dict[str, PerSample],
+    means: dict[str, float],
+    gradients: dict[str, Tensor],
+    draw: Draw,
+    progress: Progress,
 ) -> str:
     """Which term, t and r, or which weight's gradient, is not finite."""
     where = f"after {progress.nimg} images ({progress.fraction:.1%} of the run)"
@@ -195,7 +199,10 @@ def find_cause(
                 f"the {name} term is {loss[i].item()} for {len(bad)} of {len(loss)} images {where}, "
                 f"first at t = {draw.t[i].item():.5g}, r = {draw.r[i].item():.5g}"
             )
+    for name, mean in means.items():
+        if not math.isfinite(mean):
+            return f"the {name} term is {mean} in another process {where}"
     for name, gradient in gradients.items():
         if not gradient.isfinite().all():
             return f"the loss is finite but the gradient of {name} is not, {where}"
-    return f"another process met a non-finite loss {where}"
+    return f"the loss and every gradient are finite but the gradient's norm is not, {where}"

@@ -10,7 +10,7 @@ from fewstep.networks.edm_unet import EDMUNet
 from fewstep.networks.mlp import MLP
 from fewstep.networks.preconditioning import Preconditioned, coefficients
 from fewstep.networks.unet import UNet
-from fewstep.noise import philox
+from fewstep.noise import dropout_stream, philox
 
 __all__ = ["MLP", "Architecture", "EDMUNet", "Network", "Preconditioned", "UNet", "coefficients"]
 
@@ -40,12 +40,8 @@ class Architecture:
 
     def build(self, seed: int = 0) -> Preconditioned:
         """A freshly initialised denoiser: the same weights for a seed whatever was drawn before."""
-        state = torch.get_rng_state()
-        torch.manual_seed(int(philox(seed, "weights").integers(2**63 - 1)))
-        try:
+        with dropout_stream(int(philox(seed, "weights").integers(2**63 - 1)), torch.device("cpu")):
             return Preconditioned(self.network.build(self.shape, self.num_classes), self.sigma_data, self.sigma_min)
-        finally:
-            torch.set_rng_state(state)
 
     def skeleton(self) -> Preconditioned:
         """The denoiser on the meta device: shapes and names without memory."""

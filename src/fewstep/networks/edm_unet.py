@@ -54,7 +54,7 @@ class EDMUNet:
     augment_dim: int = 9
     """Length of EDM's augmentation labels: always zero here, but their parameter is kept so that public weights fit."""
 
-    def build(self, shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    def build(self, shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network F for images of `shape` (C, H, W), freshly initialised; num_classes 0 is unconditional."""
         _, height, width = shape
         divisor = 2 ** (len(self.multipliers) - 1)
@@ -78,7 +78,7 @@ class EDMUNet:
 class UNet(nn.Module):
     """F(x [n,C,H,W], c_noise [n], label [n] | None) -> [n,C,H,W], with c_noise = ln(sigma) / 4."""
 
-    def __init__(self, config: EDMUNet, shape: tuple[int, int, int], num_classes: int):
+    def __init__(self, config: EDMUNet, shape: tuple[int, ...], num_classes: int):
         super().__init__()
         width = config.channels
         fourier = config.style == "ncsn++"
@@ -127,7 +127,7 @@ class UNet(nn.Module):
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
 
-def encoder(config: EDMUNet, shape: tuple[int, int, int]) -> tuple[nn.ModuleDict, list[int]]:
+def encoder(config: EDMUNet, shape: tuple[int, ...]) -> tuple[nn.ModuleDict, list[int]]:
     """The layers of the encoder, in order, and the widths of the skips they leave for the decoder."""
     enc, skips = nn.ModuleDict(), []
     aux_width, width = shape[0], config.channels
@@ -148,7 +148,7 @@ def encoder(config: EDMUNet, shape: tuple[int, int, int]) -> tuple[nn.ModuleDict
     return enc, skips
 
 
-def decoder(config: EDMUNet, shape: tuple[int, int, int], skips: list[int]) -> nn.ModuleDict:
+def decoder(config: EDMUNet, shape: tuple[int, ...], skips: list[int]) -> nn.ModuleDict:
     """The layers of the decoder, in order; its blocks take the skips of the encoder, last one first."""
     dec, skips = nn.ModuleDict(), list(skips)
     width, innermost = skips[-1], len(config.multipliers) - 1

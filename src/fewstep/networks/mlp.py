@@ -31,9 +31,11 @@ class _MLP(nn.Module):
         hidden = []
         for _ in range(config.depth - 1):
             hidden += [nn.SiLU(), nn.Dropout(config.dropout), nn.Linear(config.width, config.width)]
-        self.rest = nn.Sequential(*hidden, nn.SiLU(), nn.Linear(config.width, dim))
+        last = nn.Linear(config.width, dim)
+        self.rest = nn.Sequential(*hidden, nn.SiLU(), last)
+        self.frequencies: Tensor
         self.register_buffer("frequencies", torch.tensor([0.5, 1.0, 2.0, 4.0]), persistent=False)
-        nn.init.zeros_(self.rest[-1].weight)
+        nn.init.zeros_(last.weight)
 
     def forward(
         self, x: Float[Tensor, "n *dims"], c_noise: Float[Tensor, "n"], label: Int[Tensor, "n"] | None = None

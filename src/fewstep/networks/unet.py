@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -44,7 +45,9 @@ def check_image_shape(shape: tuple[int, ...], levels: int) -> int:
     halvings = 2 ** (levels - 1)
     if len(shape) != 3 or shape[1] != shape[2] or shape[1] % halvings:
         wanted = f"square images whose size is a multiple of {halvings}"
-        raise FewstepError(f"this U-Net needs {wanted}, got (C, H, W) = {shape}: pass --data.resolution or fewer levels")
+        raise FewstepError(
+            f"this U-Net needs {wanted}, got (C, H, W) = {shape}: pass --data.resolution or fewer levels"
+        )
     return shape[1]
 
 
@@ -56,9 +59,14 @@ class _UNet(nn.Module):
         widths = tuple(config.channels * m for m in config.multipliers)
         down = tuple("Attn" if size >> i in config.attention else "Resnet" for i in range(len(widths)))
         if any(w % config.norm_groups for w in widths):
-            raise FewstepError(f"network widths {widths} must be multiples of --network.norm-groups {config.norm_groups}")
+            raise FewstepError(
+                f"network widths {widths} must be multiples of --network.norm-groups {config.norm_groups}"
+            )
+        narrowest = min([widths[-1], *(w for w, d in zip(widths, down, strict=True) if d == "Attn")])
+        if narrowest < config.head_dim:  # the innermost level always has attention
+            raise FewstepError(f"attention at width {narrowest} needs --network.head-dim {narrowest} or less")
         self.num_classes = num_classes
-        self.unet = UNet2DModel(
+        self.unet: Any = UNet2DModel(
             sample_size=size,
             in_channels=image_channels,
             out_channels=image_channels,
@@ -90,29 +98,32 @@ class _UNet(nn.Module):
         return self.unet(x, (1000 * c_noise).to(x.dtype), class_labels=label, return_dict=False)[0]
 
 
-def keep_dropout_at(unet: nn.Module, size: int, max_resolution: int) -> None:
+def keep_dropout_at(unet: Any, size: int, max_resolution: int) -> None:
     """Dropout off in every block whose resolution is above max_resolution (ECT on ImageNet-64 keeps it at 16 and below)."""
-    levels = len(unet.down_blocks)  # type: ignore[arg-type]
-    blocks = [(size >> i, block) for i, block in enumerate(unet.down_blocks)]  # type: ignore[arg-type]
-    blocks += [(size >> (levels - 1 - i), block) for i, block in enumerate(unet.up_blocks)]  # type: ignore[arg-type]
+    levels = len(unet.down_blocks)
+    blocks = [(size >> i, block) for i, block in enumerate(unet.down_blocks)]
+    blocks += [(size >> (levels - 1 - i), block) for i, block in enumerate(unet.up_blocks)]
+    blocks += [(size >> (levels - 1), unet.mid_block)]
     for resolution, block in blocks:
         for module in block.modules():
             if isinstance(module, nn.Dropout) and resolution > max_resolution:
                 module.p = 0.0
 
 
-def cut_time_frequencies(unet: nn.Module) -> None:
+def cut_time_frequencies(unet: Any) -> None:
     """Zero, and keep at zero, the columns of time_embedding.linear_1 that read sinusoids above LOW_FREQUENCY.
 
     The exported timestep is 250 ln sigma, so diffusers' fastest sinusoid turns 250 rad per e-fold of sigma and the
     network's two times of a pair look unrelated to each other.
     """
-    projection, linear = unet.time_proj, unet.time_embedding.linear_1  # type: ignore[union-attr]
-    half: int = linear.in_features // 2  # type: ignore[assignment,operator]
-    rate = math.log(10000) / (half - projection.downscale_freq_shift)  # type: ignore[operator]
+    projection, linear = unet.time_proj, unet.time_embedding.linear_1
+    half = linear.in_features // 2
+    rate = math.log(10000) / (half - projection.downscale_freq_shift)
     slow = [math.exp(-rate * i) <= LOW_FREQUENCY for i in range(half)] * 2  # the sine and the cosine of each
+    if not any(slow):
+        raise FewstepError("the network is too narrow for --network.low-frequency-time: give 8 --network.channels or more")
     mask = torch.tensor(slow, dtype=torch.float32)
     unet.register_buffer("time_mask", mask, persistent=False)  # so that it moves with the network
     with torch.no_grad():  # the remaining inputs keep the variance of all of them
-        linear.weight.mul_(mask * math.sqrt(len(slow) / max(sum(slow), 1)))  # type: ignore[operator]
-    linear.weight.register_hook(lambda gradient: gradient * unet.time_mask)  # type: ignore[operator]
+        linear.weight.mul_(mask * math.sqrt(len(slow) / sum(slow)))
+    linear.weight.register_hook(lambda gradient: gradient * unet.time_mask)

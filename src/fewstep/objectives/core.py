@@ -5,8 +5,8 @@
 The target of a consistency term is sg[D(x_r, r)] at the nearer point, that of a denoising term the data x.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -62,39 +62,31 @@ class Pair:
     denoised_r: Sample
 
 
-@runtime_checkable
-class Term(Protocol):
-    """One summand: a distance times a weighting, on a mask, with a scale."""
-
-    distance: Distance
-    weighting: Weighting
-    where: Mask
-    scale: float
-
-    def target(self, pair: Pair) -> Sample: ...
-
-
 @dataclass(frozen=True, kw_only=True)
-class Consistency:
-    """D(x_t, t) against sg[D(x_r, r)]: self-consistency along the trajectory (arXiv:2303.01469, sec. 3)."""
+class Term(ABC):
+    """One summand of the loss: scale * mean over {where} of w(t, r) * d(D(x_t, t), target)."""
 
     distance: Distance
     weighting: Weighting
     where: Mask = field(default_factory=Everywhere)
     scale: float = 1.0
+
+    @abstractmethod
+    def target(self, pair: Pair) -> Sample:
+        """What D(x_t, t) is compared with, [n, *dims]; no gradient flows into it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consistency(Term):
+    """D(x_t, t) against sg[D(x_r, r)]: self-consistency along the trajectory (arXiv:2303.01469, sec. 3)."""
 
     def target(self, pair: Pair) -> Sample:
         return pair.denoised_r
 
 
 @dataclass(frozen=True, kw_only=True)
-class Denoising:
+class Denoising(Term):
     """D(x_t, t) against x: the diffusion loss (arXiv:2206.00364, eq. 2)."""
-
-    distance: Distance
-    weighting: Weighting
-    where: Mask = field(default_factory=Everywhere)
-    scale: float = 1.0
 
     def target(self, pair: Pair) -> Sample:
         return pair.x
@@ -110,9 +102,7 @@ class PairObjective:
     solver: Solver = field(default_factory=Heun)
     """how a teacher steps from x_t to x_r; unused without one"""
 
-    def __call__(
-        self, nets: Networks, x: Sample, label: Labels, progress: Progress, seed: int
-    ) -> dict[str, Tensor]:
+    def __call__(self, nets: Networks, x: Sample, label: Labels, progress: Progress, seed: int) -> dict[str, Tensor]:
         """The terms of the loss on a batch x [n, *dims] (data scaled to sigma_data), each a scalar; their sum is the loss."""
         draw = self.draw(x, progress, seed)
         return {name: loss.mean() for name, loss in self.losses(nets, x, label, draw, progress).items()}
@@ -126,9 +116,7 @@ class PairObjective:
         mine = Draw(t, r, noise, share, seed + 1).rows(rank * n, (rank + 1) * n)
         return replace(mine, noise=self.coupling(x, mine.noise))
 
-    def losses(
-        self, nets: Networks, x: Sample, label: Labels, draw: Draw, progress: Progress
-    ) -> dict[str, PerSample]:
+    def losses(self, nets: Networks, x: Sample, label: Labels, draw: Draw, progress: Progress) -> dict[str, PerSample]:
         """Per term, one value per sample [n] whose mean over the whole batch is the term."""
         t, r = draw.t, draw.r
         x_t = x + like(t, x) * draw.noise

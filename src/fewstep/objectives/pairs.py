@@ -92,8 +92,14 @@ class ContinuousSchedule:
     stages: Stages = Stages(8)
 
     def __post_init__(self) -> None:
-        if self.q <= 1 or self.k < 0:
-            raise FewstepError(f"ECT's mapping needs q > 1 and k >= 0, got q = {self.q}, k = {self.k}")
+        if self.q <= 1 or self.k < 0 or self.b < 0:
+            raise FewstepError(
+                f"ECT's mapping needs q > 1, k >= 0, b >= 0, got q = {self.q}, k = {self.k}, b = {self.b}"
+            )
+        if self.q**self.stages.count > 1e6:  # float32 could no longer tell t from r
+            raise FewstepError(
+                f"q^stages = {self.q:g}^{self.stages.count} is too fine: give fewer stages or a smaller q"
+            )
 
     def __call__(self, n: int, progress: Progress, generator: torch.Generator, /) -> tuple[Times, Times]:
         t = self.times(n, generator)
@@ -105,8 +111,8 @@ class ContinuousSchedule:
         return (t * (1 - gap)).clamp(min=0)
 
     def zero(self, progress: Progress, /) -> Zero:
-        largest = 1 + self.k / 2  # n(t) < n(0) for every t > 0
-        return "sometimes" if largest > self.q ** (self.stages(progress) + 1) else "never"
+        largest = (1 + self.k / 2) * (1 + 1e-6)  # n(t) <= n(0) for every t > 0, and r() rounds in float32
+        return "sometimes" if largest >= self.q ** (self.stages(progress) + 1) else "never"
 
     def stage(self, progress: Progress, /) -> int:
         return self.stages(progress)

@@ -1,9 +1,9 @@
 """CT, consistency training (Song et al. 2023, arXiv:2303.01469): the first of the family, with an EMA target network.
 
-    sigma_i on Karras' grid of N(k) intervals growing like a square root;  i uniform, t = sigma_{i+1}, r = sigma_i
-    L = mean of d(D(x_t, t), D_target(x_r, r)),  x_r = x + r z,  target <- mu(k) target + (1 - mu(k)) online
+sigma_i on Karras' grid of N(k) intervals growing like a square root;  i uniform, t = sigma_{i+1}, r = sigma_i
+L = mean of d(D(x_t, t), D_target(x_r, r)),  x_r = x + r z,  target <- mu(k) target + (1 - mu(k)) online
 
-    fewstep train ct --data my_photos/ --data.resolution 32 --out runs/ct
+fewstep train ct --data my_photos/ --data.resolution 32 --out runs/ct
 """
 
 from dataclasses import replace
@@ -31,7 +31,7 @@ def ct() -> Recipe:
         name="ct",
         objective=objective(),
         network=UNet(),
-        data=DataSpec(flip=True),
+        data=DataSpec("", flip=True),
         sigma_min=0.002,
         target_decay=TargetDecay(SquareRoot(2, 150), mu0=0.9),
         total_nimg=51_200_000,

@@ -1,8 +1,8 @@
 """EDM diffusion (Karras et al. 2022, arXiv:2206.00364): the model that few-step methods start from.
 
-    ln t ~ N(-1.2, 1.2^2),  r = 0,  L = mean of (1/t^2 + 1/sigma_data^2) * ||D(x + t z, t) - x||^2
+ln t ~ N(-1.2, 1.2^2),  r = 0,  L = mean of (1/t^2 + 1/sigma_data^2) * ||D(x + t z, t) - x||^2
 
-    fewstep train edm --data my_photos/ --data.resolution 64 --out runs/diffusion
+fewstep train edm --data my_photos/ --data.resolution 64 --out runs/diffusion
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ from fewstep.objectives import EDM, Denoising, Diffusion, LogNormal, PairObjecti
 from fewstep.progress import LearningRate
 from fewstep.recipe import Evaluation, Optimizer, Recipe
 
-DIGITS_NETWORK = UNet(channels=16, multipliers=(1, 2), layers=2, attention=(4,), head_dim=8, norm_groups=8)
+DIGITS_NETWORK = UNet(channels=16, multipliers=(1, 2), layers=1, attention=(4,), head_dim=8, norm_groups=8)
 
 
 def objective(sigma_data: float = 0.5) -> PairObjective:
@@ -32,7 +32,7 @@ def edm(network: Network | None = None) -> Recipe:
         kind="diffusion",
         objective=objective(),
         network=network or UNet(dropout=0.1),
-        data=DataSpec(flip=True),
+        data=DataSpec("", flip=True),
         total_nimg=12_800_000,
         batch_size=128,
         optimizer=Optimizer("adam"),

@@ -1,10 +1,10 @@
 """iCT, improved consistency training (Song & Dhariwal 2023, arXiv:2310.14189): from scratch, without a diffusion model.
 
-    sigma_i on Karras' grid of N(k) intervals, N doubling from 10 to 1280;  t = sigma_{i+1}, r = sigma_i
-    p(i) ~ erf((ln sigma_{i+1} - P_mean)/(sqrt2 P_std)) - erf((ln sigma_i - P_mean)/(sqrt2 P_std))
-    L = mean of 1/(t - r) * (sqrt(||D(x_t, t) - sg D(x_r, r)||^2 + c^2) - c),  c = 0.00054 sqrt(C H W)
+sigma_i on Karras' grid of N(k) intervals, N doubling from 10 to 1280;  t = sigma_{i+1}, r = sigma_i
+p(i) ~ erf((ln sigma_{i+1} - P_mean)/(sqrt2 P_std)) - erf((ln sigma_i - P_mean)/(sqrt2 P_std))
+L = mean of 1/(t - r) * (sqrt(||D(x_t, t) - sg D(x_r, r)||^2 + c^2) - c),  c = 0.00054 sqrt(C H W)
 
-    fewstep train ict --data my_photos/ --data.resolution 32 --out runs/ict
+fewstep train ict --data my_photos/ --data.resolution 32 --out runs/ict
 """
 
 from dataclasses import replace
@@ -34,7 +34,7 @@ def ict() -> Recipe:
         name="ict",
         objective=objective(),
         network=UNet(dropout=0.3),
-        data=DataSpec(flip=True),
+        data=DataSpec("", flip=True),
         sigma_min=0.002,
         total_nimg=51_200_000,
         batch_size=256,

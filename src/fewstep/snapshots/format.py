@@ -1,7 +1,8 @@
 """The snapshot file: tensors in safetensors, and in its metadata a JSON header with two SHA-256 sums.
 
 `weights_sha256` is over the tensors and names the weights wherever a number is quoted for them; `header_sha256` is over
-the header itself. One flipped bit anywhere is an error. Nothing is ever unpickled.
+the header itself. One flipped bit anywhere is an error. Nothing is ever unpickled. The same tensors and header are the
+same bytes: the metadata has one key only, for safetensors writes several in a random order.
 """
 
 import hashlib
@@ -37,7 +38,7 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
@@ -46,7 +47,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     digest = weights_hash(plain)
     text = json.dumps({**header, "weights_sha256": digest})
-    metadata = {"format": FORMAT, "header": text, "header_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    metadata = {FORMAT: f"{hashlib.sha256(text.encode()).hexdigest()} {text}"}
     atomic_write(path, lambda sibling: save_file(plain, str(sibling), metadata=metadata))
     return digest
 
@@ -61,11 +62,13 @@ def read_header(path: Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise FewstepError(f"{path} is truncated or damaged ({error}): use another snapshot of the run") from None
-    if metadata.get("format") != FORMAT:
+    if FORMAT not in metadata:
         raise FewstepError(f"{path} is a safetensors file but not a fewstep snapshot: give one that fewstep saved")
-    text = metadata.get("header", "")
-    if hashlib.sha256(text.encode()).hexdigest() != metadata.get("header_sha256"):
-        raise FewstepError(f"{path} is damaged (its header does not match its checksum): use another snapshot of the run")
+    header_sha256, _, text = metadata[FORMAT].partition(" ")
+    if hashlib.sha256(text.encode()).hexdigest() != header_sha256:
+        raise FewstepError(
+            f"{path} is damaged (its header does not match its checksum): use another snapshot of the run"
+        )
     return json.loads(text)
 
 
@@ -79,13 +82,19 @@ def read(path: Path) -> Stored:
         raise FewstepError(f"{path} is truncated or damaged ({error}): use another snapshot of the run") from None
     digest = weights_hash(tensors)
     if digest != header["weights_sha256"]:
-        raise FewstepError(f"{path} is damaged (its weights do not match their checksum): use another snapshot of the run")
+        raise FewstepError(
+            f"{path} is damaged (its weights do not match their checksum): use another snapshot of the run"
+        )
     return Stored(tensors, header, digest)
 
 
 def refuse_pickle(path: Path) -> None:
     """FewstepError for pickles and PyTorch archives, which could run code when opened."""
     with path.open("rb") as file:
-        start = file.read(4)
-    if start[:1] == b"\x80" or start == b"PK\x03\x04" or path.suffix in {".pkl", ".pt", ".pth", ".ckpt"}:
+        start = file.read(9)
+    archive = start[:1] == b"\x80" or start[:4] == b"PK\x03\x04"
+    archive &= (
+        start[8:] != b"{"
+    )  # 8 bytes of length, then JSON: a safetensors file, of whose lengths 1 in 32 begins with \x80
+    if archive or path.suffix in {".pkl", ".pt", ".pth", ".ckpt"}:
         raise FewstepError(f"{path} is a pickle, which can run code when opened: fewstep reads .safetensors only")

@@ -1,0 +1,150 @@
+"""The demo: real handwritten digits, from a diffusion model to a one-step generator, with figures and a report."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.api import generator
+from fewstep.console import ProgressLine, say
+from fewstep.data import open_images, to_uint8
+from fewstep.environment import environment
+from fewstep.evaluation import evaluate, reference_of, search_second_sigma
+from fewstep.files import write_json
+from fewstep.metrics import Extractor, Record, Reference, load_extractor
+from fewstep.model import Model, load, store_second_sigma
+from fewstep.pictures import captioned, grid, save
+from fewstep.recipe import Recipe
+from fewstep.recipes import recipe
+from fewstep.report import build
+from fewstep.run import train
+from fewstep.samplers import Sampler, few_step
+from fewstep.types import FewstepError
+
+NUM, SEEDS = 3000, (0, 1, 2)  # images per noise seed of every reported distance
+HEUN_STEPS = 9  # 17 network evaluations
+
+
+SEARCH_NUM = 2000  # images for each noise level tried
+
+
+@dataclass
+class Phases:
+    """Seconds of each part of the demo."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - began, 1)
+
+
+def run_demo(out: Path, *, seed: int = 0, overwrite: bool = False, quick: bool = False) -> dict[str, Any]:
+    """Carry out the demo in a folder; returns what summary.json holds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the network is so small that a second thread costs more than it brings
+    try:
+        return carry_out(out, seed, overwrite, quick)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def carry_out(out: Path, seed: int, overwrite: bool, quick: bool) -> dict[str, Any]:
+    """The demo's phases in order."""
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise FewstepError(f"{out} is not empty: choose another --out, or replace what is there with --overwrite")
+    began, phase = time.monotonic(), Phases()
+    say(f"fewstep demo in {out}: 1797 real handwritten digits (8x8), class-conditional, on the CPU")
+    num, search_num = (NUM // 10, SEARCH_NUM // 10) if quick else (NUM, SEARCH_NUM)
+    with phase("diffusion model"):
+        train(shortened(recipe("edm", "digits"), seed, quick), out / "diffusion", overwrite=overwrite, device="cpu")
+    diffusion = load(out / "diffusion")
+    with phase("consistency tuning"):
+        plan = shortened(recipe("ect", "digits"), seed, quick)
+        train(plan, out / "ect", init=diffusion, overwrite=overwrite, device="cpu")
+    tuned = load(out / "ect")
+    images, extractor = open_images(plan.data), load_extractor("digits")
+    reference = reference_of(images, extractor, "train", plan.data.heldout)
+    with phase("second sigma"), ProgressLine("search of the second sigma", 13 * search_num) as line:
+        sigma, _ = search_second_sigma(generator(tuned), reference, extractor, search_num, tick=line.advance)
+        tuned = store_second_sigma(tuned, sigma)
+    with phase("metrics"):
+        records = measure_all(diffusion, tuned, reference, extractor, num)
+    with phase("pictures and report"):
+        save(out / "samples.png", panels(diffusion, tuned))
+        build(
+            [out / "diffusion", out / "ect"], out / "report.html", records=records, timings=phase.seconds,
+            title="fewstep demo: handwritten digits",
+            lead="A small diffusion model is trained on 8x8 handwritten digits and tuned into a one-step generator by ECT. "
+            "Every grid starts from the same noise.",
+        )  # fmt: skip
+    phase.seconds["total"] = round(time.monotonic() - began, 1)
+    baseline = records["diffusion_1"].value
+    summary = {
+        "seconds": phase.seconds,
+        **{name: record.to_json() for name, record in records.items()},
+        "ratio_to_diffusion_1": {name: record.value / baseline for name, record in records.items()},
+        "second_sigma": sigma,
+        "weights": tuned.info.weights,
+        "report": str(out / "report.html"),
+        "environment": environment(),
+    }
+    write_json(out / "summary.json", summary)
+    say("\n".join(f"  {name:15} {record}" for name, record in records.items()))
+    say(f"done in {phase.seconds['total']:.0f} s: open {out / 'report.html'}")
+    return summary
+
+
+def shortened(plan: Recipe, seed: int, quick: bool) -> Recipe:
+    """The recipe with this seed; quick: a thirtieth of its length."""
+    plan = replace(plan, seed=seed)
+    if not quick:
+        return plan
+    total = max(plan.total_nimg // 30 // plan.batch_size, 1) * plan.batch_size
+    often = replace(plan.evaluation, every_nimg=total if plan.evaluation.every_nimg else 0, num=200)
+    return replace(
+        plan, total_nimg=total, snapshot_nimg=total // 2, grid_nimg=total // 2, log_nimg=total // 4, evaluation=often
+    )  # fmt: skip
+
+
+def trials(diffusion: Model, tuned: Model) -> dict[str, tuple[Model, Sampler]]:
+    """What is compared, by the names of summary.json."""
+    return {
+        "diffusion_many": (diffusion, diffusion.info.sampler(HEUN_STEPS)),
+        "diffusion_1": (diffusion, few_step(1)),
+        "ect_1": (tuned, tuned.info.sampler(1)),
+        "ect_2": (tuned, tuned.info.sampler(2)),
+    }
+
+
+def measure_all(
+    diffusion: Model, tuned: Model, reference: Reference, extractor: Extractor, num: int
+) -> dict[str, Record]:
+    """One stamped Frechet distance for each trial, on the same noise seeds."""
+    records, compared = {}, trials(diffusion, tuned)
+    with ProgressLine("metrics", num * len(SEEDS) * len(compared)) as line:
+        for name, (model, sampler) in compared.items():
+            records[name] = evaluate(
+                generator(model), sampler, reference, extractor, num, SEEDS, ("fd",), str(model.path), model.sha256,
+                line.advance,
+            )[0]  # fmt: skip
+    return records
+
+
+def panels(diffusion: Model, tuned: Model, rows: int = 5) -> Any:
+    """The README's picture: the four trials on the same noise, a class per column."""
+    captions = {
+        "diffusion_many": "diffusion, {nfe} evaluations", "diffusion_1": "diffusion, 1 step",
+        "ect_1": "after ECT, 1 step", "ect_2": "after ECT, 2 steps",
+    }  # fmt: skip
+    shown = {}
+    for name, (model, sampler) in trials(diffusion, tuned).items():
+        samples = torch.cat(list(generator(model)(sampler, 10 * rows, seed=0, label=range(10))))
+        shown[captions[name].format(nfe=sampler.nfe)] = grid(to_uint8(samples), 10, gap=1, cell=32)
+    return captioned(shown)

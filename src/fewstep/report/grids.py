@@ -1,0 +1,71 @@
+"""Pictures: grids from the same noise, and how a run's samples changed while it trained."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from html import escape
+
+import torch
+
+from fewstep.api import generator
+from fewstep.data import to_uint8
+from fewstep.metrics import Record
+from fewstep.model import Model
+from fewstep.pictures import grid, png
+from fewstep.report.numbers import value
+from fewstep.report.view import RunView
+from fewstep.run import GRID_SEED
+from fewstep.samplers import Sampler, few_step
+
+COLUMNS = 10
+
+
+def same_noise(views: Sequence[RunView], records: Mapping[str, Record], rows: int) -> str:
+    """The section of grids: diffusion runs first, each model sampled in two ways, all from one seed."""
+    figures, names = "", ""
+    for view in sorted(views, key=lambda view: view.recipe.kind == "consistency"):
+        if view.model and len(shape := view.model.info.architecture.shape) == 3 and shape[0] in (1, 3):
+            sampler, title = view.model.info.sampler, view.label
+            ways: dict[str, Sampler] = {"1 step": sampler(1), "2 steps": sampler(2)}
+            if view.recipe.kind == "diffusion":
+                before = " (before tuning)" if any(other.origin(views) is view for other in views) else ""
+                title, ways = f"Diffusion ({title})", {"18 Heun steps": sampler(18), f"1 step{before}": few_step(1)}
+            figures += "".join(drawn(f"{title}, {way}", view.model, ways[way], records, rows) for way in ways)
+            names = names or ", ".join(view.model.info.class_names[:COLUMNS] * view.recipe.conditional)
+    if not figures:
+        why = "these models do not make pictures" if any(view.model for view in views) else "no weights are saved yet"
+        return f"<section><h2>Samples</h2><p>There are none to show: {why}.</p></section>"
+    told = f" The columns are the classes {escape(names)}." if names else ""
+    told = f"<p>Every grid starts from the same noise, image by image; nothing is picked.{told}</p>"
+    return f'<section><h2>The same noise</h2>{told}<div class="pair">{figures}</div></section>'
+
+
+def drawn(name: str, model: Model, sampler: Sampler, records: Mapping[str, Record], rows: int) -> str:
+    """A grid with a column for each of the first classes (ten without), and its Frechet distance where it is known."""
+    classes = model.info.architecture.num_classes
+    columns = min(classes or COLUMNS, COLUMNS)
+    labels = list(range(columns)) if classes else None
+    samples = torch.cat(list(generator(model)(sampler, rows * columns, GRID_SEED, labels)))
+    known = [
+        r for r in records.values() if (r.metric, r.model_sha256, r.sigmas) == ("fd", model.sha256, sampler.sigmas)
+    ]
+    text = f"{sampler.nfe} evaluation{'s' * (sampler.nfe != 1)}" + "".join(
+        f" &middot; FD {value(r)}" for r in known[:1]
+    )
+    picture = embedded(png(grid(to_uint8(samples), columns, cell=64)), name, samples.shape[-1] <= 32)
+    return f"<figure><figcaption><b>{escape(name)}</b><br>{text}</figcaption>{picture}</figure>"
+
+
+def embedded(image: bytes, alt: str, tiny: bool = False) -> str:
+    """A PNG inside the page."""
+    data = base64.b64encode(image).decode()
+    return f'<img{" class=tiny" * tiny} alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def progression(view: RunView) -> str:
+    """The first, middle and last of a run's own sample grids."""
+    files = sorted(file for file in view.path.glob("samples/*.png") if file.stem.isdecimal())
+    texts = {files[i]: f"{int(files[i].stem):,} images seen" for i in (0, (len(files) - 1) // 2, -1) if files}
+    pictures = [f"{embedded(file.read_bytes(), text)}<figcaption>{text}</figcaption>" for file, text in texts.items()]
+    figures = "".join(f"<figure>{picture}</figure>" for picture in pictures)
+    ways = ": 18 Heun steps" if view.recipe.kind == "diffusion" else ": 1 step and 2 steps"
+    return f'<h3>Samples while training{ways}</h3><div class="three">{figures}</div>' if figures else ""

@@ -1,0 +1,183 @@
+"""World size changes nothing but the time: processes that meet over gloo, on one machine."""
+
+import json
+import multiprocessing as mp
+import socket
+
+import pytest
+import torch
+
+from fewstep import distributed
+
+# A process's work, run by exec in a process that has imported fewstep and nothing of the tests.
+GROUP = """
+import json, os, sys
+sys.modules["torch.utils.tensorboard"] = None
+os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+import torch
+torch.set_num_threads(1)
+from fewstep import distributed
+distributed.start(torch.device("cpu"))
+"""
+
+SUMS = """
+assert (distributed.rank(), distributed.world()) == (rank, world)
+tensors = [torch.tensor(1.0 + rank), torch.full((3,), 10.0 ** rank), torch.zeros(0), torch.ones(2, 3, 4) * rank,
+           torch.arange(6.0).reshape(2, 3).t()]
+views = list(tensors)
+distributed.sum_over_ranks(t for t in tensors)
+assert all(a is b for a, b in zip(tensors, views))
+expected = [torch.tensor(3.0), torch.full((3,), 11.0), torch.zeros(0), torch.ones(2, 3, 4), 2 * torch.arange(6.0).reshape(2, 3).t()]
+assert all(torch.equal(a, b) for a, b in zip(tensors, expected)), tensors
+from fewstep.run import signalled
+assert signalled([], torch.device("cpu")) == 0
+assert signalled([15] if rank else [], torch.device("cpu")) == 15  # one process was told, all of them stop
+distributed.barrier()
+distributed.stop()
+assert distributed.world() == 1
+"""
+
+TRAIN = """
+from dataclasses import replace
+from itertools import islice
+from fewstep.data import BatchOrder, DataSpec, batches, open_images
+from fewstep.ema import ConstantEMA
+from fewstep.networks import Architecture, EDMUNet
+from fewstep.objectives import *
+from fewstep.progress import Constant, LearningRate
+from fewstep.recipe import Optimizer, Recipe
+from fewstep.snapshots import write
+from fewstep.training import TrainState, training_steps
+objective = PairObjective(
+    pairs=GridPairs(KarrasGrid(Constant(20.0)), density=LogNormal(-0.5, 1.0)),
+    terms={"consistency": Consistency(distance=PseudoHuber(c=0.03), weighting=InverseGap()),
+           "denoising": Denoising(distance=SquaredL2("mean"), weighting=EDM(), where=Below(0.6), scale=5.0)})
+r = Recipe(name="test", objective=objective, network=EDMUNet(channels=8, multipliers=(1,), blocks=1, attention=(), dropout=0.0),
+           data=DataSpec(data, flip=True), total_nimg=800, batch_size=12, microbatch=microbatch, lr=LearningRate(1e-3),
+           averages=(ConstantEMA(0.5),), optimizer=Optimizer("adam", eps=1e-2), conditional=True)
+images = open_images(r.data)
+state = TrainState.create(r, Architecture(r.network, images.shape, 3), torch.device("cpu"))
+feed = batches(images, BatchOrder(len(images), 0), 0, 12, rank=distributed.rank(), world=distributed.world())
+steps = list(islice(training_steps(state, r, feed), 4))
+feed.close()
+assert all(len(s.t) == 12 // world for s in steps)
+tensors = {**state.tensors(), **{f"t/{k}": s.t for k, s in enumerate(steps)}}
+write(Path(out) / f"{world}-{rank}.safetensors", tensors, {"losses": [s.losses for s in steps], "norms": [s.gradient_norm for s in steps]})
+distributed.stop()
+"""
+
+RUN = """
+from dataclasses import replace
+import signal
+from fewstep.data import DataSpec
+from fewstep.ema import ConstantEMA
+from fewstep.networks import MLP
+from fewstep.progress import LearningRate
+from fewstep.recipes.edm import edm
+from fewstep.run import Interrupted, train
+import fewstep.run
+r = replace(edm(MLP(8, 2)), data=DataSpec(data), total_nimg=96, batch_size=8, averages=(ConstantEMA(0.9),), lr=LearningRate(1e-3),
+            snapshot_nimg=24, grid_nimg=0, log_nimg=8)
+if stop:
+    keep = fewstep.run.Keeper.keep
+    def told(self, step):
+        keep(self, step)
+        if step.nimg == 40 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # as one process of a group may be told alone
+    fewstep.run.Keeper.keep = told
+try:
+    train(r, out, quiet=True, device="cpu", resume=resume)
+    assert not stop
+except Interrupted as end:
+    assert stop and end.exit_code == 143 and "saved at 40 images" in str(end)
+distributed.stop()
+"""
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def together(script, world, **names):
+    """Run a script in `world` processes that know rank, world, port and these names; all of them must end well."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["fewstep.run", "torch._dynamo"])  # optimizers import the latter when first built
+    port = free_port()
+    code = "from pathlib import Path\n" + GROUP + script
+    group = [
+        context.Process(target=exec, args=(code, {"rank": rank, "world": world, "port": port, **names}))
+        for rank in range(world)
+    ]
+    for process in group:
+        process.start()
+    for process in group:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in group] == [0] * world
+
+
+@pytest.fixture
+def data(tmp_path):
+    import numpy as np
+
+    g = np.random.default_rng(0)
+    path = tmp_path / "data.npz"
+    np.savez(path, images=g.integers(0, 256, (40, 8, 8, 1), dtype=np.uint8), labels=np.arange(40) % 3)
+    return str(path)
+
+
+def test_one_process_needs_no_group(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert distributed.start(torch.device("cpu")) == torch.device("cpu")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert distributed.start(torch.device("cpu")) == torch.device("cpu")
+    assert (distributed.rank(), distributed.world()) == (0, 1)
+    t = torch.tensor([1.0, 2.0])
+    distributed.sum_over_ranks([t])
+    distributed.barrier()
+    distributed.stop()
+    assert t.tolist() == [1.0, 2.0]
+
+
+def test_sums_over_two_processes():
+    together(SUMS, 2)
+
+
+def test_two_processes_train_what_one_does(tmp_path, data):
+    """Four steps with a masked term, flips, labels and Adam: the same times and losses, the same weights to 1e-6."""
+    from fewstep.snapshots import read
+
+    together(TRAIN, 1, out=str(tmp_path), data=data, microbatch=None)
+    together(TRAIN, 2, out=str(tmp_path), data=data, microbatch=4)
+    one, two, other = (read(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
+    for name, t in two.tensors.items():
+        if name.startswith("t/"):
+            assert torch.equal(torch.cat([t, other.tensors[name]]), one.tensors[name])
+        else:
+            assert torch.equal(t, other.tensors[name]), f"the processes differ in {name}"
+            assert (t - one.tensors[name]).abs().max() <= 1e-6 * max(1, one.tensors[name].abs().max()), name
+    for a, b in zip(one.header["losses"], two.header["losses"], strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    assert one.header["norms"] == pytest.approx(two.header["norms"], rel=1e-4)
+    assert two.header["losses"] == other.header["losses"]
+
+
+def test_a_run_of_two_processes_stops_resumes_and_ends_as_a_run_of_one(tmp_path, data):
+    from fewstep.snapshots import read
+
+    together(RUN, 1, out=str(tmp_path / "one"), data=data, stop=False, resume=False)
+    together(RUN, 2, out=str(tmp_path / "two"), data=data, stop=True, resume=False)
+    together(RUN, 2, out=str(tmp_path / "two"), data=data, stop=False, resume=True)
+    one, two = (read(tmp_path / name / "state.safetensors") for name in ("one", "two"))
+    assert two.header["state"]["nimg"] == 96
+    for name, t in two.tensors.items():
+        assert (t - one.tensors[name]).abs().max() <= 1e-5 * max(1, one.tensors[name].abs().max()), name
+    rows = [
+        [json.loads(line)["nimg"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert rows[0] == rows[1] == list(range(8, 97, 8))
+    files = [sorted(p.name for p in (tmp_path / name).rglob("*") if p.is_file()) for name in ("one", "two")]
+    assert files[0] == files[1]
