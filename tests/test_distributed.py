@@ -4,10 +4,12 @@ import json
 import multiprocessing as mp
 import socket
 
+import numpy as np
 import pytest
 import torch
 
 from fewstep import distributed
+from fewstep.snapshots import read
 
 # A process's work, run by exec in a process that has imported fewstep and nothing of the tests.
 GROUP = """
@@ -27,7 +29,8 @@ tensors = [torch.tensor(1.0 + rank), torch.full((3,), 10.0 ** rank), torch.zeros
 views = list(tensors)
 distributed.sum_over_ranks(t for t in tensors)
 assert all(a is b for a, b in zip(tensors, views))
-expected = [torch.tensor(3.0), torch.full((3,), 11.0), torch.zeros(0), torch.ones(2, 3, 4), 2 * torch.arange(6.0).reshape(2, 3).t()]
+expected = [torch.tensor(3.0), torch.full((3,), 11.0), torch.zeros(0), torch.ones(2, 3, 4),
+            2 * torch.arange(6.0).reshape(2, 3).t()]
 assert all(torch.equal(a, b) for a, b in zip(tensors, expected)), tensors
 from fewstep.run import signalled
 assert signalled([], torch.device("cpu")) == 0
@@ -62,7 +65,8 @@ steps = list(islice(training_steps(state, r, feed), 4))
 feed.close()
 assert all(len(s.t) == 12 // world for s in steps)
 tensors = {**state.tensors(), **{f"t/{k}": s.t for k, s in enumerate(steps)}}
-write(Path(out) / f"{world}-{rank}.safetensors", tensors, {"losses": [s.losses for s in steps], "norms": [s.gradient_norm for s in steps]})
+write(Path(out) / f"{world}-{rank}.safetensors", tensors,
+      {"losses": [s.losses for s in steps], "norms": [s.gradient_norm for s in steps]})
 distributed.stop()
 """
 
@@ -76,8 +80,8 @@ from fewstep.progress import LearningRate
 from fewstep.recipes.edm import edm
 from fewstep.run import Interrupted, train
 import fewstep.run
-r = replace(edm(MLP(8, 2)), data=DataSpec(data), total_nimg=96, batch_size=8, averages=(ConstantEMA(0.9),), lr=LearningRate(1e-3),
-            snapshot_nimg=24, grid_nimg=0, log_nimg=8)
+r = replace(edm(MLP(8, 2)), data=DataSpec(data), total_nimg=96, batch_size=8, averages=(ConstantEMA(0.9),),
+            lr=LearningRate(1e-3), snapshot_nimg=24, grid_nimg=0, log_nimg=8)
 if stop:
     keep = fewstep.run.Keeper.keep
     def told(self, step):
@@ -120,8 +124,6 @@ def together(script, world, **names):
 
 @pytest.fixture
 def data(tmp_path):
-    import numpy as np
-
     g = np.random.default_rng(0)
     path = tmp_path / "data.npz"
     np.savez(path, images=g.integers(0, 256, (40, 8, 8, 1), dtype=np.uint8), labels=np.arange(40) % 3)
@@ -147,8 +149,6 @@ def test_sums_over_two_processes():
 
 def test_two_processes_train_what_one_does(tmp_path, data):
     """Four steps with a masked term, flips, labels and Adam: the same times and losses, the same weights to 1e-6."""
-    from fewstep.snapshots import read
-
     together(TRAIN, 1, out=str(tmp_path), data=data, microbatch=None)
     together(TRAIN, 2, out=str(tmp_path), data=data, microbatch=4)
     one, two, other = (read(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
@@ -165,8 +165,6 @@ def test_two_processes_train_what_one_does(tmp_path, data):
 
 
 def test_a_run_of_two_processes_stops_resumes_and_ends_as_a_run_of_one(tmp_path, data):
-    from fewstep.snapshots import read
-
     together(RUN, 1, out=str(tmp_path / "one"), data=data, stop=False, resume=False)
     together(RUN, 2, out=str(tmp_path / "two"), data=data, stop=True, resume=False)
     together(RUN, 2, out=str(tmp_path / "two"), data=data, stop=False, resume=True)

@@ -78,7 +78,7 @@ def test_labels_are_a_stream_too():
     assert whole.dtype == torch.int64
     assert set(whole.tolist()) == set(range(10))
     assert labels(4, 9, label=7).tolist() == [7] * 9
-    assert labels(4, 9, label=[0, 5]).tolist() == [0, 5] * 4 + [0]  # by the image's number, not its place in the batch
+    assert labels(3, 9, label=[0, 5]).tolist() == [0, 5] * 4 + [0]  # by the image's number, not its place in the batch
     assert labels(4, 9, classes=0) == [None] * 3
 
 

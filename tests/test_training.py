@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fewstep.data import BatchOrder, DataSpec, batches, open_images, to_float
-from fewstep.ema import ConstantEMA, PowerEMA
+from fewstep.ema import Average, ConstantEMA, PowerEMA
 from fewstep.networks import MLP, Architecture, EDMUNet, UNet
+from fewstep.noise import step_seed
 from fewstep.objectives import (
     EDM,
     Below,
@@ -23,6 +24,7 @@ from fewstep.objectives import (
     InverseGap,
     KarrasGrid,
     LogNormal,
+    Networks,
     PairObjective,
     PseudoHuber,
     SquaredL2,
@@ -35,7 +37,8 @@ from fewstep.training import TrainState, find_cause, random_flip, training_steps
 from fewstep.types import FewstepError
 
 CPU = torch.device("cpu")
-TINY = EDMUNet(channels=8, multipliers=(1,), blocks=1, attention=(), dropout=0.0, augment_dim=0)
+SMALL = MLP(16, 2)
+CONV = EDMUNet(channels=8, multipliers=(1,), blocks=1, attention=(), dropout=0.0, augment_dim=0)
 
 # A consistency term everywhere and a denoising term on the part of the batch below sigma = 1 (4 of 10, about).
 TWO_TERMS = PairObjective(
@@ -50,7 +53,7 @@ TWO_TERMS = PairObjective(
 def recipe(**changes):
     """A recipe of 8 tiny images a step."""
     plain = Recipe(
-        name="test", objective=TWO_TERMS, network=TINY, total_nimg=800, batch_size=8, averages=(),
+        name="test", objective=TWO_TERMS, network=SMALL, total_nimg=800, batch_size=8, averages=(),
         lr=LearningRate(1e-3), optimizer=Optimizer("adam"),
     )  # fmt: skip
     return replace(plain, **changes)
@@ -90,12 +93,12 @@ def assert_close(a, b, tolerance=1e-6):
 # ------------------------------------------------------------------------------------------- gradient accumulation
 
 
-@pytest.mark.parametrize("microbatch", [1, 3, 5, 8, 100])
+@pytest.mark.parametrize("microbatch", [1, 3, 100])
 def test_accumulation_is_the_large_batch(microbatch):
-    large, steps = run(recipe(optimizer=Optimizer("adam", eps=1e-2)), 5)
-    small, parts = run(recipe(optimizer=Optimizer("adam", eps=1e-2), microbatch=microbatch), 5)
+    large, steps = run(recipe(network=CONV, optimizer=Optimizer("adam", eps=1e-2)), 4)
+    small, parts = run(recipe(network=CONV, optimizer=Optimizer("adam", eps=1e-2), microbatch=microbatch), 4)
     assert_close(weights(small), weights(large))
-    assert (weights(large) - weights(begin(recipe()))).abs().max() > 1e-4
+    assert (weights(large) - weights(begin(recipe(network=CONV)))).abs().max() > 1e-4
     for a, b in zip(steps, parts, strict=True):
         assert a.losses == pytest.approx(b.losses, rel=1e-5)
         assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-4)
@@ -115,18 +118,19 @@ def test_a_masked_term_is_the_mean_over_the_selected_samples_of_the_whole_batch(
     model = copy.deepcopy(state.model)
     step = next(training_steps(state, r, feed(r)))
     x = to_float(pictures())
-    draw = TWO_TERMS.draw(x, Progress(0, 800), seed=0)  # only to see its kind; the step's own times follow
-    assert isinstance(draw, Draw)
     selected = step.t <= 0.6
     assert 0 < selected.sum() < 8
     assert len({int(part.sum()) for part in selected.split(3)}) > 1  # the cuts see different numbers
-    from fewstep.noise import step_seed
-
     draw = TWO_TERMS.draw(x, Progress(0, 800), step_seed(r.seed, 0))
     assert_close(draw.t, step.t, 0)
     denoised = model(x + draw.t[:, None, None, None] * draw.noise, draw.t).detach()
     loss = 5 * (1 / draw.t**2 + 4) * (denoised - x).square().mean((1, 2, 3))
     assert step.losses["denoising"] == pytest.approx(loss[selected].mean().item(), rel=1e-5)
+
+
+def test_microbatches_do_not_share_their_dropout_masks():
+    draw = TWO_TERMS.draw(to_float(pictures()), Progress(0, 800), 1)
+    assert len({draw.rows(start, start + 2).dropout_seed for start in range(0, 8, 2)}) == 4
 
 
 def test_a_mask_that_selects_nothing_gives_zero_and_no_trouble():
@@ -141,7 +145,9 @@ def test_a_mask_that_selects_nothing_gives_zero_and_no_trouble():
 
 def test_a_step_is_this_and_no_more():
     """Forward, backward, Adam, average, written out once more for one step of EDM."""
-    r = recipe(objective=edm_objective(), averages=(ConstantEMA(0.5),), lr=LearningRate(1e-2, warmup_nimg=16))
+    r = recipe(
+        network=CONV, objective=edm_objective(), averages=(ConstantEMA(0.5),), lr=LearningRate(1e-2, warmup_nimg=16)
+    )
     state, _ = run(r, 1)  # lr is 0 in the first step of a warm-up
     assert_close(weights(state), weights(begin(r)), 0)
     before = copy.deepcopy(state)
@@ -149,7 +155,7 @@ def test_a_step_is_this_and_no_more():
     step = next(steps)
     assert (step.nimg, step.lr, step.problem) == (16, 0.005, "")
     loss = r.objective(
-        copy_nets(before), to_float(pictures(seed=1)), None, Progress(8, 800), seed=step_seed_of(r, 8)
+        Networks(before.model), to_float(pictures(seed=1)), None, Progress(8, 800), seed=step_seed(r.seed, 8)
     )["denoising"]  # fmt: skip
     assert step.losses == {"denoising": pytest.approx(loss.item(), rel=1e-5)}
     loss.backward()
@@ -160,35 +166,23 @@ def test_a_step_is_this_and_no_more():
         assert_close(state.averages["ema-0.5"].weights[name], (begin(r).parameters()[name] + p) / 2)
 
 
-def copy_nets(state):
-    from fewstep.objectives import Networks
-
-    return Networks(state.model)
-
-
-def step_seed_of(r, nimg):
-    from fewstep.noise import step_seed
-
-    return step_seed(r.seed, nimg)
-
-
 def test_training_depends_on_the_seed_and_on_no_global_state():
     torch.manual_seed(1)
-    a, _ = run(recipe(network=replace(TINY, dropout=0.5)), 2)
+    a, _ = run(recipe(network=replace(CONV, dropout=0.5)), 2)
     torch.manual_seed(2)
     drawn = torch.get_rng_state()
-    b, _ = run(recipe(network=replace(TINY, dropout=0.5)), 2)
+    b, _ = run(recipe(network=replace(CONV, dropout=0.5)), 2)
     assert torch.equal(torch.get_rng_state(), drawn)
-    c, _ = run(recipe(network=replace(TINY, dropout=0.5), seed=1), 2)
+    c, _ = run(recipe(network=replace(CONV, dropout=0.5), seed=1), 2)
     assert torch.equal(weights(a), weights(b))
     assert not torch.allclose(weights(a), weights(c))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def test_weights_gradients_and_losses_are_float32_in_every_precision(precision):
-    r = recipe(precision=precision, averages=(ConstantEMA(0.9),))
-    state, steps = run(r, 3)
-    exact, _ = run(recipe(), 3)
+    r = recipe(network=CONV, precision=precision, averages=(ConstantEMA(0.9),))
+    state, steps = run(r, 2)
+    exact, _ = run(recipe(network=CONV), 2)
     assert {t.dtype for name, t in state.tensors().items()} == {torch.float32}
     assert {p.grad.dtype for p in state.parameters().values() if p.grad is not None} == {torch.float32}
     for step in steps:
@@ -343,19 +337,22 @@ def test_start_from_sets_network_target_and_averages():
         assert tensors.keys() == origin.keys()
         assert all(torch.equal(t, origin[name]) for name, t in tensors.items())
     run(r, 1, state=state)
-    assert not torch.equal(next(iter(state.weights("online").values())), next(iter(origin.values())))
+    assert not torch.equal(state.weights("online")["network.rest.4.bias"], origin["network.rest.4.bias"])
 
 
 def test_an_average_is_a_complete_state_dict_even_of_a_partly_frozen_network():
     r = recipe(averages=(ConstantEMA(0.9),))
     state = begin(r)
-    frozen = "network.out_conv.weight"
-    names = list(state.parameters())
-    frozen = names[0]
+    frozen = next(iter(state.parameters()))
     dict(state.model.named_parameters())[frozen].requires_grad_(False)
-    state = TrainState(state.model, r.optimizer.build(state.parameters().values()), {})
-    assert frozen not in state.parameters()
-    assert state.weights("online").keys() == state.model.state_dict().keys()
+    state.averages = {law.name: Average(law, state.parameters()) for law in r.averages}
+    before = state.model.state_dict()[frozen].clone()
+    run(r, 2, state=state)
+    assert frozen not in state.averages["ema-0.9"].weights
+    average = state.weights("ema-0.9")
+    assert average.keys() == state.weights("online").keys() == state.model.state_dict().keys()
+    assert torch.equal(average[frozen], before)
+    assert not torch.equal(average["network.rest.4.weight"], state.weights("online")["network.rest.4.weight"])
 
 
 # ------------------------------------------------------------------------------------------------------ not finite
@@ -452,9 +449,3 @@ def test_recipes_that_cannot_be_are_refused():
     ]:
         with pytest.raises(FewstepError, match=words):
             recipe(**change)
-
-
-def test_vectors_train_as_images_do():
-    r = recipe(network=MLP(16, 2), objective=edm_objective())
-    state = TrainState.create(r, Architecture(r.network, (1, 8, 8)), CPU)
-    assert all(not s.problem for s in islice(training_steps(state, r, feed(r)), 3))

@@ -66,7 +66,7 @@ class _UNet(nn.Module):
         if narrowest < config.head_dim:  # the innermost level always has attention
             raise FewstepError(f"attention at width {narrowest} needs --network.head-dim {narrowest} or less")
         self.num_classes = num_classes
-        self.unet: Any = UNet2DModel(
+        unet: Any = UNet2DModel(
             sample_size=size,
             in_channels=image_channels,
             out_channels=image_channels,
@@ -85,10 +85,11 @@ class _UNet(nn.Module):
             num_class_embeds=num_classes or None,
         )
         if config.dropout_max_resolution is not None:
-            keep_dropout_at(self.unet, size, config.dropout_max_resolution)
+            keep_dropout_at(unet, size, config.dropout_max_resolution)
         if config.low_frequency_time:
-            cut_time_frequencies(self.unet)
-        nn.init.zeros_(self.unet.conv_out.weight)  # D starts as c_skip x
+            cut_time_frequencies(unet)
+        nn.init.zeros_(unet.conv_out.weight)  # D starts as c_skip x
+        self.unet = unet
 
     def forward(
         self, x: Float[Tensor, "n c h w"], c_noise: Float[Tensor, "n"], label: Int[Tensor, "n"] | None = None
