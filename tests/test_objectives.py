@@ -248,7 +248,9 @@ def test_ect_is_its_formula_and_never_asks_the_network_at_zero(constants, s):
 @pytest.mark.parametrize("c", [0.0, 1e-8, 0.06])
 def test_gradient_is_zero_and_not_nan_where_the_network_meets_its_target(c):
     theta = nn.Parameter(torch.tensor(0.3))
-    objective = PairObjective(pairs=ContinuousSchedule(q=256.0), terms=consistency(PseudoHuber(c=c), InverseGap()))
+    objective = PairObjective(
+        pairs=ContinuousSchedule(q=256.0, stages=Stages(1)), terms=consistency(PseudoHuber(c=c), InverseGap())
+    )
     loss = objective(Networks(lambda x, t, label: theta * torch.ones_like(x)), data(), None, START, 0)["loss"]
     assert loss.item() == 0
     assert torch.autograd.grad(loss, theta)[0].item() == 0
@@ -276,7 +278,7 @@ def test_both_passes_draw_the_same_masks_and_microbatches_others_and_nothing_lea
 
 def test_with_shared_dropout_the_loss_vanishes_as_r_tends_to_t():
     model, x, t = mlp(dropout=0.4).train(), data(), torch.ones(64)
-    objective = PairObjective(pairs=ContinuousSchedule(q=256.0), terms=consistency())
+    objective = PairObjective(pairs=ContinuousSchedule(q=256.0, stages=Stages(1)), terms=consistency())
     draw = Draw(t, t - 1e-5, data(seed=1), {"loss": t}, dropout_seed=3)
     assert objective.losses(Networks(model), x, None, draw, START)["loss"].max() < 1e-6
     assert (model(x, t) - model(x, t)).square().sum(1).max() > 1e-3  # what it would be without

@@ -132,13 +132,19 @@ def test_const_mapping_is_k_zero_and_r_in_proportion_to_t():
     st.integers(0, 7),
 )
 def test_zero_never_lies_about_ects_mapping(q, k, b, s):
-    law = ContinuousSchedule(q=q, k=k, b=b)
+    assume(q ** (s + 1) <= 1e6)
+    law = ContinuousSchedule(q=q, k=k, b=b, stages=Stages(s + 1))
     t = torch.logspace(-15, 3, 200)
-    some = bool((law.r(t, stage(s)) == 0).any())
+    some = bool((law.r(t, stage(s, s + 1)) == 0).any())
     if some:
-        assert law.zero(stage(s)) == "sometimes"
+        assert law.zero(stage(s, s + 1)) == "sometimes"
     assume(abs((1 + k / 2) / q ** (s + 1) - 1) > 1e-5)  # where float32 decides
-    assert (law.zero(stage(s)) == "sometimes") == some
+    assert (law.zero(stage(s, s + 1)) == "sometimes") == some
+
+
+def test_a_mapping_finer_than_float32_is_refused():
+    with pytest.raises(FewstepError, match="too fine"):
+        ContinuousSchedule(q=256.0, stages=Stages(8))
 
 
 @pytest.mark.parametrize("wrong", [{"q": 1.0}, {"q": 0.5}, {"k": -1.0}, {"b": -1.0}])

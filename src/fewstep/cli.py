@@ -30,7 +30,7 @@ def demo(
         out: Folder for the two runs, the pictures, report.html and summary.json.
         seed: Seed of the weights, the data order and the noise.
         overwrite: Replace what an earlier demo left in that folder.
-        quick: A thirtieth of the training: shows that everything works, not what it reaches.
+        quick: A sixtieth of the training: shows that everything works, not what it reaches.
     """
     from fewstep.demo import run_demo
 

@@ -122,7 +122,9 @@ def cut_time_frequencies(unet: Any) -> None:
     rate = math.log(10000) / (half - projection.downscale_freq_shift)
     slow = [math.exp(-rate * i) <= LOW_FREQUENCY for i in range(half)] * 2  # the sine and the cosine of each
     if not any(slow):
-        raise FewstepError("the network is too narrow for --network.low-frequency-time: give 8 --network.channels or more")
+        raise FewstepError(
+            "the network is too narrow for --network.low-frequency-time: give 8 --network.channels or more"
+        )
     mask = torch.tensor(slow, dtype=torch.float32)
     unet.register_buffer("time_mask", mask, persistent=False)  # so that it moves with the network
     with torch.no_grad():  # the remaining inputs keep the variance of all of them
