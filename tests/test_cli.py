@@ -22,8 +22,8 @@ from fewstep.run import train
 TINY = UNet(channels=8, multipliers=(1,), layers=1, attention=(), norm_groups=4, head_dim=8)
 SMALL = [
     "--network.channels", "8", "--network.multipliers", "1", "--network.layers", "1", "--network.norm-groups", "4",
-    "--total-nimg", "128", "--batch-size", "32", "--log-nimg", "64", "--snapshot-nimg", "64", "--grid-nimg", "0", "--averages", "ema-0.9", "power-0.1",
-    "--evaluation.every-nimg", "0", "--device", "cpu",
+    "--total-nimg", "128", "--batch-size", "32", "--log-nimg", "64", "--snapshot-nimg", "64", "--grid-nimg", "0",
+    "--averages", "ema-0.9", "power-0.1", "--evaluation.every-nimg", "0", "--device", "cpu",
 ]  # fmt: skip
 Call = Callable[..., tuple[int, str, str]]
 

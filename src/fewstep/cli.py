@@ -5,6 +5,7 @@ Nothing heavy is imported before a verb needs it: `fewstep --help` answers withi
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -95,8 +96,8 @@ def sample(
 
 def evaluate(
     model: tyro.conf.Positional[str], *, data: str, steps: str = "1,2", metrics: str = "fd", extractor: str = "digits",
-    num: int = 5000, seeds: int = 3, reference: Literal["train", "heldout", "all"] = "train", heldout: float = 0.1, search_sigma: bool = False,
-    extractor_weights: Path | None = None, device: str = "auto", batch: int = 500,
+    num: int = 5000, seeds: int = 3, reference: Literal["train", "heldout", "all"] = "train", heldout: float = 0.1,
+    search_sigma: bool = False, extractor_weights: Path | None = None, device: str = "auto", batch: int = 500,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measure a model: stamped records with mean and spread over noise seeds.
 
@@ -200,9 +201,9 @@ def numbers(text: str, option: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def train(args: Sequence[str]) -> dict[str, Any]:
+def train(args: Sequence[str]) -> dict[str, Any] | None:
     """Train a recipe: fewstep train RECIPE --data SOURCE --out RUN; see fewstep train RECIPE --help for every field."""
-    from fewstep import recipes
+    from fewstep import distributed, recipes
     from fewstep.console import say
     from fewstep.model import load
 
@@ -225,7 +226,8 @@ def train(args: Sequence[str]) -> dict[str, Any]:
     if options.dry_run:
         return dry_run(recipe, init)
     check_train(options, recipe)
-    if recipe.starts_from and not init and not options.resume:
+    first = os.environ.get("RANK", "0") == "0"  # torchrun starts several of us; one speaks
+    if recipe.starts_from and not init and not options.resume and first:
         say(
             f"note: {name} usually starts from {recipe.starts_from} (--init RUN; `fewstep train edm` makes one); "
             "this run starts from random weights"
@@ -237,6 +239,9 @@ def train(args: Sequence[str]) -> dict[str, Any]:
     run = run_train(
         recipe, options.out, init=init, resume=options.resume, overwrite=options.overwrite, device=options.device
     )
+    distributed.stop()
+    if not first:
+        return None
     return {
         "run": str(run.path), "nimg": recipe.total_nimg, "seconds": round(time.monotonic() - began, 1),
         "losses": run.log()[-1]["losses"], "images_per_second": run.log()[-1]["images_per_second"],
@@ -422,7 +427,8 @@ def carry_out(verb: str, args: list[str]) -> int:
 
     try:
         result = train(args) if verb == "train" else tyro.cli(VERBS[verb], args=args, prog=f"fewstep {verb}")
-        print(json.dumps(result, indent=2))
+        if result is not None:
+            print(json.dumps(result, indent=2))
     except FewstepError as error:
         print(f"fewstep: error: {error}", file=sys.stderr)
         return 2

@@ -28,7 +28,9 @@ def same_noise(views: Sequence[RunView], records: Mapping[str, Record], rows: in
             ways: dict[str, Sampler] = {"1 step": sampler(1), "2 steps": sampler(2)}
             if view.recipe.kind == "diffusion":
                 before = " (before tuning)" if any(other.origin(views) is view for other in views) else ""
-                title, ways = f"Diffusion ({title})", {"18 Heun steps": sampler(18), f"1 step{before}": few_step(1)}
+                steps = measured_steps(view.model, records)
+                ways = {f"{steps} Heun steps": sampler(steps), f"1 step{before}": few_step(1)}
+                title = f"Diffusion ({title})"
             figures += "".join(drawn(f"{title}, {way}", view.model, ways[way], records, rows) for way in ways)
             names = names or ", ".join(view.model.info.class_names[:COLUMNS] * view.recipe.conditional)
     if not figures:
@@ -37,6 +39,11 @@ def same_noise(views: Sequence[RunView], records: Mapping[str, Record], rows: in
     told = f" The columns are the classes {escape(names)}." if names else ""
     told = f"<p>Every grid starts from the same noise, image by image; nothing is picked.{told}</p>"
     return f'<section><h2>The same noise</h2>{told}<div class="pair">{figures}</div></section>'
+
+
+def measured_steps(model: Model, records: Mapping[str, Record]) -> int:
+    """The steps at which the diffusion model was measured, else EDM's 18."""
+    return next((len(r.sigmas) for r in records.values() if r.model_sha256 == model.sha256 and r.nfe > 1), 18)
 
 
 def drawn(name: str, model: Model, sampler: Sampler, records: Mapping[str, Record], rows: int) -> str:

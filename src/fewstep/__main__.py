@@ -1,0 +1,7 @@
+"""`python -m fewstep` is `fewstep`: the form that torchrun takes (torchrun -m fewstep train ...)."""
+
+import sys
+
+from fewstep.cli import main
+
+sys.exit(main())
