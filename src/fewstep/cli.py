@@ -286,6 +286,7 @@ def parse_train(name: str, args: Sequence[str], recipe: "Recipe") -> tuple[Train
             prog=f"fewstep train {name}",
             description=page,
             default=Train(TrainOptions(), recipe),
+            config=(tyro.conf.AvoidSubcommands,),
         )
     return parsed.options, parsed.recipe
 

@@ -10,7 +10,7 @@ from fewstep.data import DataSpec
 from fewstep.ema import AverageLaw, ConstantEMA
 from fewstep.networks import Network, UNet
 from fewstep.objectives import PairObjective
-from fewstep.progress import LearningRate, Schedule
+from fewstep.progress import Constant, LearningRate, TargetDecay
 from fewstep.types import FewstepError
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -77,7 +77,7 @@ class Recipe:
     lr: LearningRate = field(default_factory=LearningRate)
     averages: tuple[AverageLaw, ...] = (ConstantEMA(0.9999),)
     """the first is the one a run directory stands for until an evaluation finds a better one"""
-    target_decay: Schedule | None = None
+    target_decay: TargetDecay | Constant | None = None
     """CT: decay per step of the target network's EMA; None: the online network is its own target"""
     starts_from: str = ""
     """what --init should hold, e.g. 'a diffusion model'; empty: random weights are usual"""

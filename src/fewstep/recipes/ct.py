@@ -43,9 +43,11 @@ def ct() -> Recipe:
 
 
 def digits() -> Recipe:
-    """Bundled 8x8 handwritten digits, class-conditional, on two CPU cores."""
+    """Bundled 8x8 handwritten digits, class-conditional, on two CPU cores; a coarse grid, for mu(k) -> 1 lags (docs/log.md)."""
     return replace(
         ct(),
+        objective=objective(s0=2, s1=18),
+        target_decay=TargetDecay(SquareRoot(2, 18), mu0=0.9),
         network=DIGITS_NETWORK,
         data=DataSpec("digits"),
         conditional=True,
