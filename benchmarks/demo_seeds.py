@@ -33,7 +33,11 @@ def demo(seed: int) -> dict:
 
 
 def spread(values: list[float]) -> dict[str, float | list[float]]:
-    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0, "values": values}
+    return {
+        "mean": statistics.mean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "values": values,
+    }
 
 
 def main(arguments: Arguments) -> None:
@@ -47,7 +51,10 @@ def main(arguments: Arguments) -> None:
         "second_sigma": [s["second_sigma"] for s in summaries],
         **{name: spread([s[name]["value"] for s in summaries]) for name in NAMES},
         "ratio_to_diffusion_1": {name: spread([s["ratio_to_diffusion_1"][name] for s in summaries]) for name in NAMES},
-        "stamp": {k: summaries[0]["ect_1"][k] for k in ("n", "seeds", "extractor", "extractor_sha256", "reference", "reference_n")},
+        "stamp": {
+            k: summaries[0]["ect_1"][k]
+            for k in ("n", "seeds", "extractor", "extractor_sha256", "reference", "reference_n")
+        },
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")

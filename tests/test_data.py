@@ -418,6 +418,33 @@ def test_the_first_image_decides_the_channels(tmp_path):
         assert read(write(tmp_path / mode, {"a.png": png(colour, mode)})).shape == (3, 4, 4)
 
 
+def test_exif_orientation_is_applied(tmp_path):
+    pixels, exif, file = noise(4, 6), Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # stored lying on its left side
+    Image.fromarray(pixels).save(file, "PNG", exif=exif)
+    write(tmp_path, {"a.png": file.getvalue()})
+    with pytest.raises(FewstepError, match=r"a\.png is 4x6;"):
+        read(tmp_path)
+    upright = np.rot90(pixels, -1)[1:5]  # 6x4, and its central square
+    assert np.array_equal(read(tmp_path, resolution=4).pixels([0])[0, 0], upright)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_what_is_transparent_shows_white(tmp_path, mode):
+    file, grey = io.BytesIO(), np.array([[0, 100], [200, 5]], np.uint8)
+    if mode in ("RGBA", "LA"):
+        image = Image.fromarray(grey).convert(mode)
+        image.putalpha(Image.fromarray(np.array([[0, 255], [255, 102]], np.uint8)))  # 102 = 0.4 * 255
+        image.save(file, "PNG")
+    else:  # one of its colours is the transparent one
+        image = Image.fromarray(grey).convert(mode)
+        image.save(file, "PNG", transparency=image.getpixel((0, 0)))
+    images = read(write(tmp_path, {"a.png": file.getvalue()}))
+    assert images.shape == (1 if mode == "L" else 3, 2, 2)
+    faint = 155 if mode in ("RGBA", "LA") else 5  # 0.4 * 5 + 0.6 * 255
+    assert (images.pixels([0])[0] == torch.tensor([[255, 100], [200, faint]])).all()
+
+
 # -- errors
 
 
@@ -445,7 +472,8 @@ def test_sizes(tmp_path, streamed):
         ("file.pkl", b"", "unknown kind"),
         ("file.zip", b"nonsense", "not a readable zip"),
         ("file.parquet", b"nonsense", "not readable as parquet"),
-        ("file.npz", b"nonsense", "cannot be read"),
+        ("file.npz", b"nonsense", "it is not a whole .npz archive"),
+        ("file.npz", b"", "it is not a whole .npz archive"),
         ("set/notes.txt", b"", "holds no images"),
         ("set/a.png", b"nonsense", r"image a\.png cannot be read \(not PNG"),
         ("set/b.png", png(noise(9, 9))[:-30], r"image b\.png cannot be read"),
@@ -507,6 +535,13 @@ def test_npz_errors(tmp_path):
             read(path)
     np.array([{}], object).dump(path)  # a bare pickle under the name of an .npz
     with pytest.raises(FewstepError, match="pickled objects"):
+        read(path)
+    pack(path, {"x.npy": b"nonsense"})
+    with pytest.raises(FewstepError, match="no array"):
+        read(path)
+    np.savez(path, x=noise(2, 4, 4, 1))
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(FewstepError, match=r"it is not a whole"):
         read(path)
     np.savez(path, x=noise(2, 4, 4, 1))
     assert read(path).shape == (1, 4, 4)

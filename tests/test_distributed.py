@@ -3,6 +3,7 @@
 import json
 import multiprocessing as mp
 import socket
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -141,6 +142,14 @@ def test_one_process_needs_no_group(monkeypatch):
     distributed.barrier()
     distributed.stop()
     assert t.tolist() == [1.0, 2.0]
+
+
+def test_the_others_wait_for_hours_while_rank_0_evaluates(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    calls = []
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *args, **options: calls.append((args, options)))
+    distributed.start(torch.device("cpu"))
+    assert calls == [(("gloo",), {"timeout": timedelta(hours=2)})]
 
 
 def test_sums_over_two_processes():

@@ -293,6 +293,8 @@ def test_errors_say_what_to_do():
         EDMUNet().build((3, 32, 16), 0)
     with pytest.raises(FewstepError, match="multiple of 4"):
         EDMUNet().build((3, 30, 30), 0)
+    with pytest.raises(FewstepError, match=r"--network\.channels a multiple of 32"):
+        EDMUNet(channels=36).build((3, 32, 32), 0)
     with pytest.raises(FewstepError, match="pass a label"):
         tiny("ddpm++").build((3, 8, 8), 5)(*inputs())
     with pytest.raises(FewstepError, match="unconditional"):

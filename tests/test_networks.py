@@ -233,6 +233,23 @@ def test_networks_that_cannot_be_built_are_refused_with_the_fix(config, shape, m
         Architecture(config, shape).skeleton()
 
 
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        *((UNet, {name: 0}) for name in ("channels", "layers", "head_dim", "norm_groups")),
+        *((EDMUNet, wrong) for wrong in ({"channels": 0}, {"channels": 6}, {"blocks": 0}, {"augment_dim": -1})),
+        *((kind, {"multipliers": wrong}) for kind in (UNet, EDMUNet) for wrong in ((), (1, 0))),
+        *((MLP, {name: 0}) for name in ("width", "depth")),
+        *((kind, {"dropout": wrong}) for kind in (UNet, EDMUNet, MLP) for wrong in (-0.1, 1.0, math.nan)),
+    ],
+)
+def test_impossible_values_are_refused_by_their_option(kind, wrong):
+    option = "--network." + next(iter(wrong)).replace("_", "-")
+    with pytest.raises(FewstepError, match=option) as caught:
+        kind(**wrong)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("network", [MLP(width=16), TINY, EDMUNet(channels=8, multipliers=(1,), blocks=1)])
 def test_labels_belong_to_conditional_networks_only(network):
     x, t = inputs()

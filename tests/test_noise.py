@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewstep.noise import PURPOSE, NoiseStream, dropout_stream, permutation, philox, step_seed
+from fewstep.types import FewstepError
 
 CPU = torch.device("cpu")
 
@@ -92,6 +93,11 @@ def test_the_numbers_are_the_format():
     assert permutation(3, 1, 8).tolist() == [0, 5, 6, 1, 2, 4, 7, 3]
     assert step_seed(0, 0) == 8007737062876837280
     assert step_seed(0, 0, "flip") == 7217269280714015098
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(FewstepError, match="a seed must be 0 or more, got -1"):
+        NoiseStream(-1)
 
 
 def test_no_samples_are_an_empty_batch():

@@ -196,6 +196,20 @@ def test_a_grid_that_cannot_increase_is_refused(wrong):
         karras_sigmas(*wrong)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"sigma_min": 0.0}, {"sigma_max": 0.001}, {"sigma_max": math.inf}, {"rho": 0.0}, {"rho": math.nan}]
+)
+def test_a_grid_law_that_cannot_increase_is_refused(wrong):
+    with pytest.raises(FewstepError, match="sigma grid"):
+        KarrasGrid(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"std": 0.0}, {"std": -1.0}, {"std": math.inf}, {"mean": math.nan}])
+def test_a_log_normal_law_without_a_density_is_refused(wrong):
+    with pytest.raises(FewstepError, match="positive std"):
+        LogNormal(**wrong)
+
+
 @pytest.mark.parametrize("intervals", [10, 80, 1280])
 def test_icts_index_law_is_the_normal_mass_between_neighbouring_log_sigmas(intervals):
     sigmas = karras_sigmas(intervals + 1)

@@ -17,6 +17,7 @@ from fewstep.progress import (
     Stages,
     TargetDecay,
 )
+from fewstep.types import FewstepError
 
 
 @settings(deadline=None)
@@ -109,3 +110,19 @@ def test_schedules_are_schedules_and_constant_is_constant():
     for schedule in (Constant(3.0), Stages(2), Doubling(), SquareRoot(), TargetDecay(), LearningRate()):
         assert isinstance(schedule, Schedule)
     assert {Constant(0.7)(Progress(n, 10)) for n in range(12)} == {0.7}
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "message"),
+    [
+        (Stages, {"count": 0}, "count must be 1 or more"),
+        *((kind, {"s0": a, "s1": b}, "1 <= s0 <= s1") for kind in (Doubling, SquareRoot) for a, b in ((0, 9), (9, 8))),
+        *((TargetDecay, {"mu0": mu0}, "--target-decay.mu0") for mu0 in (0.0, 1.0, math.nan)),
+        *((LearningRate, {"peak": peak}, "--lr.peak") for peak in (0.0, -1e-3, math.inf, math.nan)),
+        (LearningRate, {"warmup_nimg": -1}, "--lr.warmup-nimg"),
+        (LearningRate, {"decay_nimg": -1}, "--lr.decay-nimg"),
+    ],
+)
+def test_impossible_schedules_are_refused(kind, wrong, message):
+    with pytest.raises(FewstepError, match=message):
+        kind(**wrong)

@@ -3,23 +3,20 @@
 Nothing heavy is imported before a verb needs it: `fewstep --help` answers within a second.
 """
 
-import argparse
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from fewstep._version import __version__
 
 if TYPE_CHECKING:
-    from fewstep.model import Model
-    from fewstep.recipe import Recipe
+    pass
 
 
 def demo(
@@ -40,7 +37,7 @@ def demo(
 
 def sample(
     model: tyro.conf.Positional[str], *, steps: int = 1, num: int = 64, label: str | None = None, seed: int = 0,
-    out: Path = Path("samples.png"), device: str = "auto", batch: int = 500,
+    out: Path = Path("samples.png"), overwrite: bool = False, device: str = "auto", batch: int = 500,
 ) -> dict[str, Any]:  # fmt: skip
     """Generate images with a model.
 
@@ -48,9 +45,10 @@ def sample(
         model: A run directory (its best weights; RUN:ema-0.999 or RUN:online by name) or a snapshot file.
         steps: Sampling steps: noise levels visited. A diffusion model spends 2 steps - 1 network evaluations (Heun).
         num: Number of images. Any number with --out DIR: they stream to the disk.
-        label: Class, by number or name; none: every class equally often.
+        label: Class, by number or name; none: drawn uniformly for each image.
         seed: Noise seed. Image i of a seed is the same at any --num and --batch.
         out: A .png file for one grid, or a folder for one PNG per image.
+        overwrite: Write into a folder that already holds images.
         device: auto, cpu, cuda, cuda:1 or mps.
         batch: Images made at a time; affects memory only.
     """
@@ -71,6 +69,9 @@ def sample(
         raise FewstepError(f"--out {out}: give a .png file for a grid, or a folder")
     if one_file and num > 4096:
         raise FewstepError(f"a grid of {num} images is too large: give --out FOLDER and they stream to the disk")
+    prepare(out.parent if one_file else out)
+    if not one_file and not overwrite and any(out.glob("*.png")):
+        raise FewstepError(f"{out} already holds images: choose another --out, or give --overwrite")
     began, kept = time.monotonic(), []
     with ProgressLine("sample", num) as line:
         for k, samples in enumerate(generator(loaded, batch)(sampler, num, seed, number)):
@@ -96,7 +97,7 @@ def sample(
 
 def evaluate(
     model: tyro.conf.Positional[str], *, data: str, steps: str = "1,2", metrics: str = "fd", extractor: str = "digits",
-    num: int = 5000, seeds: int = 3, reference: Literal["train", "heldout", "all"] = "train", heldout: float = 0.1,
+    num: int = 5000, seeds: int = 3, reference: Literal["train", "heldout", "all"] = "train", heldout: float | None = None,
     search_sigma: bool = False, extractor_weights: Path | None = None, device: str = "auto", batch: int = 500,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measure a model: stamped records with mean and spread over noise seeds.
@@ -110,54 +111,56 @@ def evaluate(
         num: Generated images per seed.
         seeds: Noise seeds 0 .. seeds - 1; the record's std is over them.
         reference: Which split to compare with: train, heldout or all.
-        heldout: Fraction held out, as in training.
+        heldout: Fraction held out; default: as in the model's training.
         search_sigma: First search the second step's noise level (EDM sigma, on other noise) and store it in the model.
         extractor_weights: Local weights of the extractor, for machines without network.
         device: auto, cpu, cuda, cuda:1 or mps.
         batch: Images made at a time; affects memory only.
     """
-    from fewstep.api import generator
+    from fewstep.api import generator, measure_against
     from fewstep.console import ProgressLine, say
-    from fewstep.data import DataSpec, open_images
     from fewstep.environment import pick_device
     from fewstep.evaluation import evaluate as stream
-    from fewstep.evaluation import reference_of, search_second_sigma
-    from fewstep.metrics import load_extractor
+    from fewstep.evaluation import search_second_sigma
     from fewstep.model import load, store_second_sigma
     from fewstep.types import FewstepError
 
     counts = numbers(steps, "--steps")
     names = tuple(name.strip() for name in metrics.split(",") if name.strip())
-    if seeds < 1:
-        raise FewstepError(f"--seeds must be 1 or more, got {seeds}")
+    if seeds < 1 or num < 2:
+        raise FewstepError(f"--seeds must be 1 or more and --num 2 or more, got {seeds} and {num}")
     loaded = load(model, pick_device(device))
-    samplers = [loaded.info.sampler(count) for count in counts]
-    features = load_extractor(extractor, str(loaded.device), extractor_weights)
-    images = open_images(DataSpec(data, resolution=loaded.info.architecture.shape[-1], heldout=heldout))
-    real = reference_of(images, features, reference, heldout)
+    if search_sigma and loaded.info.kind != "consistency":
+        raise FewstepError("--search-sigma is for consistency models: a diffusion model has no second step of its own")
+    features, real = measure_against(loaded, data, extractor, reference, heldout, extractor_weights)
     make = generator(loaded, batch)
     if search_sigma:
-        if loaded.info.kind != "consistency":
-            raise FewstepError(
-                "--search-sigma is for consistency models: a diffusion model has no second step of its own"
-            )
         with ProgressLine("search of the second sigma", 13 * num) as line:
             sigma, tried = search_second_sigma(make, real, features, num, tick=line.advance)
         loaded = store_second_sigma(loaded, sigma)
-        say(
-            "\n".join(f"  sigma {s:8.4f}  fd {value:.4g}" for s, value in tried) + f"\nstored in {loaded.path}: {sigma}"
-        )
-        samplers = [loaded.info.sampler(count) for count in counts]
+        say("\n".join(f"  sigma {s:8.4f}  fd {value:.4g}" for s, value in tried))
+        say(f"second sigma {sigma}, stored in {loaded.path}")
     records = []
-    with ProgressLine("evaluate", num * seeds * len(samplers)) as line:
-        for sampler in samplers:
-            found = stream(
-                make, sampler, real, features, num, range(seeds), names, str(loaded.path), loaded.sha256, line.advance
-            )
-            records += found
-    for record in records:
-        say(str(record))
+    with ProgressLine("evaluate", num * seeds * len(counts)) as line:
+        for count in counts:
+            records += stream(
+                make, loaded.info.sampler(count), real, features, num, range(seeds), names, str(loaded.path),
+                loaded.sha256, line.advance,
+            )  # fmt: skip
+    say("\n".join(map(str, records)))
     return [record.to_json() for record in records]
+
+
+def prepare(folder: Path) -> None:
+    """Make the folder of a result before the work for it begins; FewstepError when it cannot be written to."""
+    from fewstep.types import FewstepError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FewstepError(f"--out: {folder} cannot be made ({error.strerror}): choose another place") from None
+    if not os.access(folder, os.W_OK):
+        raise FewstepError(f"--out: {folder} is not writable: choose another place")
 
 
 def report(*runs: tyro.conf.Positional[Path], out: Path | None = None, device: str = "auto") -> dict[str, Any]:
@@ -203,191 +206,9 @@ def numbers(text: str, option: str) -> list[int]:
 
 def train(args: Sequence[str]) -> dict[str, Any] | None:
     """Train a recipe: fewstep train RECIPE --data SOURCE --out RUN; see fewstep train RECIPE --help for every field."""
-    from fewstep import distributed, recipes
-    from fewstep.console import say
-    from fewstep.model import load
+    from fewstep.train_cli import train as carry_out_training
 
-    if not args or args[0].startswith("-"):
-        return train_overview(args)
-    name, rest = args[0], [f"--data.source{a[6:]}" if a.partition("=")[0] == "--data" else a for a in args[1:]]
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=f"fewstep train {name}")
-    peek.add_argument("--preset")
-    peek.add_argument("--init")
-    peek.add_argument("--out", type=Path)
-    peek.add_argument("--resume", action="store_true")
-    early, _ = peek.parse_known_args(rest)
-    recipe = recipes.recipe(name, early.preset)
-    init = load(early.init) if early.init else None
-    if early.resume and early.out:
-        recipe = stored_recipe(early.out, name)
-    elif init:
-        recipe = inherit(recipe, init)
-    options, recipe = parse_train(name, rest, recipe)
-    if options.dry_run:
-        return dry_run(recipe, init)
-    check_train(options, recipe)
-    first = os.environ.get("RANK", "0") == "0"  # torchrun starts several of us; one speaks
-    if recipe.starts_from and not init and not options.resume and first:
-        say(
-            f"note: {name} usually starts from {recipe.starts_from} (--init RUN; `fewstep train edm` makes one); "
-            "this run starts from random weights"
-        )
-    from fewstep.run import train as run_train
-
-    began = time.monotonic()
-    assert options.out is not None
-    run = run_train(
-        recipe, options.out, init=init, resume=options.resume, overwrite=options.overwrite, device=options.device
-    )
-    distributed.stop()
-    if not first:
-        return None
-    return {
-        "run": str(run.path), "nimg": recipe.total_nimg, "seconds": round(time.monotonic() - began, 1),
-        "losses": run.log()[-1]["losses"], "images_per_second": run.log()[-1]["images_per_second"],
-    }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """What `fewstep train` takes besides the recipe's fields."""
-
-    out: Path | None = None
-    """the run directory"""
-    preset: str | None = None
-    """a named set of the recipe's constants"""
-    init: str | None = None
-    """model whose weights training starts from (RUN, RUN:ema-0.999 or a snapshot); the network is inherited from it"""
-    resume: bool = False
-    """continue the run in --out, bit for bit"""
-    overwrite: bool = False
-    """replace the run in --out"""
-    dry_run: bool = False
-    """print the resolved recipe and its cost, and stop"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps"""
-
-
-def parse_train(name: str, args: Sequence[str], recipe: "Recipe") -> tuple[TrainOptions, "Recipe"]:
-    """Options and recipe from the command line, every field of the recipe being an option."""
-    from fewstep import recipes
-    from fewstep.recipe import Recipe
-
-    @dataclass(frozen=True)
-    class Train:
-        options: Annotated[TrainOptions, tyro.conf.arg(name="")]
-        recipe: Annotated[Recipe, tyro.conf.arg(name="")]
-
-    page = (recipes.module(name).__doc__ or "") + f"\npresets: {', '.join(recipes.presets(name))}"
-    with by_name():
-        parsed = tyro.cli(
-            Train,
-            args=list(args),
-            prog=f"fewstep train {name}",
-            description=page,
-            default=Train(TrainOptions(), recipe),
-            config=(tyro.conf.AvoidSubcommands,),
-        )
-    return parsed.options, parsed.recipe
-
-
-def by_name() -> tyro.constructors.ConstructorRegistry:
-    """Lets --averages take the averages' names: --averages ema-0.999 power-0.1."""
-    from fewstep.ema import AverageLaw, average_law
-
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-        if info.type is not AverageLaw:
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="ema-DECAY|power-STD",
-            instance_from_str=lambda names: average_law(names[0]),
-            is_instance=lambda value: isinstance(value, AverageLaw),
-            str_from_instance=lambda law: [law.name],
-        )
-
-    return registry
-
-
-def train_overview(args: Sequence[str]) -> dict[str, Any]:
-    """`fewstep train --help`: the recipes there are."""
-    from fewstep import recipes
-    from fewstep.types import FewstepError
-
-    lines = [
-        "usage: fewstep train RECIPE --data SOURCE --out RUN [--init MODEL] [--preset NAME] [--resume] [--dry-run]",
-        "",
-    ]
-    for name in recipes.names():
-        first = (recipes.module(name).__doc__ or "").splitlines()[0]
-        lines += [f"  {name:6} {first}", f"         presets: {', '.join(recipes.presets(name))}"]
-    lines += ["", "fewstep train RECIPE --help lists every field of a recipe with its default."]
-    if args and args[0] not in ("-h", "--help"):
-        raise FewstepError(f"name a recipe first: fewstep train {recipes.names()[0]} {' '.join(args)}")
-    print("\n".join(lines))
-    raise SystemExit(0 if args else 2)
-
-
-def stored_recipe(out: Path, name: str) -> "Recipe":
-    """The recipe of the run to resume; its method must be the one named."""
-    from fewstep.rundir import RunDir
-    from fewstep.types import FewstepError
-
-    recipe = RunDir(out).recipe()
-    if recipe.name != name:
-        raise FewstepError(
-            f"{out} is a run of {recipe.name}, not of {name}: fewstep train {recipe.name} --resume --out {out}"
-        )
-    return recipe
-
-
-def inherit(recipe: "Recipe", init: "Model") -> "Recipe":
-    """The recipe with the network, classes and image size of the model it starts from, and its own dropout."""
-    arch = init.info.architecture
-    own = {f.name: getattr(recipe.network, f.name) for f in fields(recipe.network) if f.name.startswith("dropout")}  # type: ignore[arg-type]
-    network = replace(arch.network, **{k: v for k, v in own.items() if hasattr(arch.network, k)})  # type: ignore[type-var]
-    data = replace(recipe.data, resolution=recipe.data.resolution or arch.shape[-1])
-    return replace(
-        recipe, network=network, data=data, conditional=arch.num_classes > 0, sigma_data=arch.sigma_data
-    )  # fmt: skip
-
-
-def check_train(options: TrainOptions, recipe: "Recipe") -> None:
-    """FewstepError for what is missing or contradictory."""
-    from fewstep.types import FewstepError
-
-    if not recipe.data.source:
-        raise FewstepError(
-            "say where the images are: --data digits, a folder, FILE.zip, FILE.parquet, FILE.npz or hf:NAME"
-        )
-    if options.out is None:
-        raise FewstepError("say where the run goes: --out runs/NAME")
-    if options.resume and options.overwrite:
-        raise FewstepError("--resume continues a run and --overwrite replaces it: give one of them")
-
-
-def dry_run(recipe: "Recipe", init: "Model | None") -> dict[str, Any]:
-    """The resolved recipe and what it will cost; without --data for 3 x 32 x 32 images."""
-    from fewstep.console import say
-    from fewstep.data import open_images
-    from fewstep.estimate import estimate, summary
-    from fewstep.networks import Architecture
-    from fewstep.run import architecture_for
-
-    if recipe.data.source:
-        architecture = architecture_for(recipe, open_images(replace(recipe.data, streamed=True)))
-    elif init:
-        architecture = init.info.architecture
-    else:
-        size = recipe.data.resolution or 32
-        say(f"no --data: assuming 3 x {size} x {size} images" + (" of 1000 classes" if recipe.conditional else ""))
-        architecture = Architecture(recipe.network, (3, size, size), 1000 if recipe.conditional else 0)
-    cost = estimate(recipe, architecture)
-    say(summary(cost))
-    return cost
+    return carry_out_training(args)
 
 
 VERBS: dict[str, Callable[..., Any]] = {
@@ -411,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0 done, 1 something is wrong here, 2 bad input, 130/143 interrupted and saved."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
-        print(overview())
+        print(overview(), file=sys.stdout if args else sys.stderr)
         return 0 if args else 2
     if args[0] == "--version":
         print(__version__)
@@ -431,12 +252,23 @@ def carry_out(verb: str, args: list[str]) -> int:
         if result is not None:
             print(json.dumps(result, indent=2))
     except FewstepError as error:
-        print(f"fewstep: error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # torchrun starts several of us; one speaks
+            print(f"fewstep: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"fewstep: error: {error.filename or ''} {error.strerror or error}".replace("  ", " "), file=sys.stderr)
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"fewstep: error: {what}: check that the path exists and that you may write there", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(word in str(error) for word in ("out of memory", "allocate")):
+            raise
+        print("fewstep: error: not enough memory: give a smaller --batch (in training --microbatch)", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print(f"fewstep: {error or 'interrupted'}", file=sys.stderr)
         return getattr(error, "exit_code", 130)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

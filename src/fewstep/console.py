@@ -66,6 +66,7 @@ class ProgressLine:
     def plain(self) -> None:
         self.last = time.monotonic()
         left = (self.total - self.done) / max(self.rate, 1e-9)
-        eta = f", ETA {left:.0f} s" if self.done < self.total else f" in {self.last - self.began:.0f} s"
+        eta = f" in {self.last - self.began:.0f} s" if self.done >= self.total else f", ETA {left:.0f} s"
+        eta = eta if self.done > self.first else ""
         counts = f"{self.done:,}/{self.total:,} {self.unit}, {self.rate:,.0f} {self.unit}/s{eta}"
         say(f"{self.title}: {counts} {self.text}".rstrip())

@@ -1,11 +1,16 @@
 """Rank, world size and the few collectives; no-ops in one process. Start several with torchrun."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fewstep.types import FewstepError
+
+TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 evaluates, which takes longer than PyTorch's 10 minutes
 
 
 def start(device: torch.device) -> torch.device:
@@ -16,7 +21,7 @@ def start(device: torch.device) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     return device
 
 
@@ -43,6 +48,26 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
     dist.all_reduce(flat)
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.reshape(tensor.shape))
+
+
+def on_first_rank(action: Callable[[], object]) -> None:
+    """The first process acts while the others wait; when it fails, all of them do."""
+    problem: Exception | None = None
+    if rank() == 0:
+        try:
+            action()
+        except Exception as error:
+            problem = error
+    failed = torch.tensor([float(problem is not None)], device="cuda" if dist_is_nccl() else "cpu")
+    sum_over_ranks([failed])
+    if problem:
+        raise problem
+    if failed.item():
+        raise FewstepError("the first process could not go on, see its message")
+
+
+def dist_is_nccl() -> bool:
+    return dist.is_initialized() and dist.get_backend() == "nccl"
 
 
 def barrier() -> None:

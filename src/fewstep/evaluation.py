@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fewstep.data import Images, to_uint8
 from fewstep.metrics import Extractor, Moments, Record, Reference, measure
+from fewstep.metrics.reference import METRICS
 from fewstep.noise import NoiseStream
 from fewstep.samplers import FewStep, Sampler
 from fewstep.types import Denoiser, FewstepError, Sample
@@ -81,6 +82,11 @@ def evaluate(
     """
     if num < 2 or not seeds:
         raise FewstepError("a metric needs --num 2 or more and at least one seed")
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown or not metrics:
+        raise FewstepError(f"unknown metric {', '.join(unknown) or 'none'}: choose from {', '.join(METRICS)}")
+    if "prdc" in metrics and min(num, reference.n) < 10:
+        raise FewstepError("prdc needs 10 images or more on both sides: raise --num")
     values: dict[str, list[float]] = {}
     for seed in seeds:
         parts, moments = [], Moments.empty(reference.features.shape[1])

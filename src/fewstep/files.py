@@ -36,7 +36,7 @@ def atomic_write(path: Path, content: bytes | str | Callable[[Path], None]) -> N
     except Exception as error:
         if getattr(error, "errno", None) in FULL or any(f"os error {number}" in str(error) for number in FULL):
             raise FewstepError(
-                f"the disk is full: {path} was not written (what was saved before is intact); free some space and resume"
+                f"the disk is full: {path} was not written (what was saved before is intact); free some space, then go on"
             ) from error
         raise
     finally:
@@ -65,7 +65,7 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
             file.write(json.dumps(row) + "\n")
     except OSError as error:
         if error.errno in FULL:
-            raise FewstepError(f"the disk is full: {path} could not grow; free some space and resume") from error
+            raise FewstepError(f"the disk is full: {path} could not grow; free some space, then go on") from error
         raise
 
 

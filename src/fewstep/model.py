@@ -31,6 +31,10 @@ class ModelInfo:
     """images seen in training"""
     recipe: str = ""
     data: str = ""
+    heldout: float = 0.0
+    """the fraction of the data kept out of training"""
+    data_fingerprint: str = ""
+    """of the images' names and labels, see fewstep.data.Images"""
     class_names: tuple[str, ...] = ()
     second_sigma: float = SECOND_SIGMA
     """EDM noise level of the second step; a search on this model replaces the papers' value"""
@@ -95,15 +99,18 @@ def read_info(header: Mapping[str, Any], path: Path) -> ModelInfo:
         ) from None
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> Model:
+def load(path: str | Path, device: torch.device | str = "cpu", trainable: bool = False) -> Model:
     """The model of a run directory (RUN: its best, else its first average, else the last weights; RUN:ema-0.999 or
-    RUN:online by name) or of a snapshot file, ready to sample. FewstepError for anything unreadable."""
+    RUN:online by name) or of a snapshot file, ready to sample; trainable: in training mode, with gradients.
+
+    FewstepError for anything unreadable.
+    """
     file = find(path)
     stored = snapshot.read(file)
     info = read_info(stored.header, file)
     denoiser = info.architecture.build()
     load_weights(denoiser, stored.tensors, str(file))
-    return Model(denoiser.to(device).eval().requires_grad_(False), info, stored.weights_sha256, file)
+    return Model(denoiser.to(device).train(trainable).requires_grad_(trainable), info, stored.weights_sha256, file)
 
 
 def load_weights(denoiser: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -158,11 +165,14 @@ def in_order(files: list[Path], recipe: Path) -> list[Path]:
 
 
 def store_second_sigma(model: Model, sigma: float) -> Model:
-    """Write the second step's noise level into the model's file; the weights and their hash stay the same."""
+    """Write the second step's noise level into the model's file and its copies beside it; the weights stay the same."""
     assert model.path is not None
-    info = replace(model.info, second_sigma=sigma)
-    save_model(model.path, model.denoiser.state_dict(), info)
-    return replace(model, info=info)
+    for file in model.path.parent.glob("*.safetensors"):
+        header = snapshot.read_header(file)
+        if header["weights_sha256"] == model.sha256:
+            info = replace(read_info(header, file), second_sigma=sigma)
+            save_model(file, model.denoiser.state_dict(), info)
+    return replace(model, info=replace(model.info, second_sigma=sigma))
 
 
 __all__ = ["Model", "ModelInfo", "find", "load", "load_weights", "save_model", "store_second_sigma"]

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from fewstep.types import FewstepError
+
 # What a number is drawn for. Part of every stream's key; the values are part of the format, never renumber them.
 PURPOSE: Final = {"noise": 1, "label": 2, "order": 3, "step": 4, "weights": 5, "subset": 6, "flip": 7}
 
@@ -31,16 +33,20 @@ class NoiseStream:
 
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise FewstepError(f"a seed must be 0 or more, got {self.seed}")
+
     def normal(
         self, indices: Sequence[int], shape: Sequence[int], draw: int = 0, device: torch.device | str = "cpu"
-    ) -> Float[Tensor, "n *dims"]:
+    ) -> Float[Tensor, " n *dims"]:
         """Standard normal noise [n, *shape], float32. `draw` numbers the repeated draws of one sample (its steps)."""
         rows = [philox(self.seed, "noise", i, draw).standard_normal(tuple(shape), dtype=np.float32) for i in indices]
         return torch.from_numpy(np.stack(rows) if rows else np.zeros((0, *shape), np.float32)).to(device)
 
     def labels(
         self, indices: Sequence[int], num_classes: int, device: torch.device | str = "cpu"
-    ) -> Int64[Tensor, "n"]:
+    ) -> Int64[Tensor, " n"]:
         """Class labels [n], uniform over num_classes."""
         rows = [int(philox(self.seed, "label", i).integers(num_classes)) for i in indices]
         return torch.tensor(rows, dtype=torch.int64, device=device)
@@ -51,7 +57,7 @@ def step_seed(seed: int, nimg: int, purpose: str = "step") -> int:
     return int(philox(seed, purpose, nimg).integers(2**63 - 1))
 
 
-def permutation(seed: int, epoch: int, n: int) -> Int64[Tensor, "n"]:
+def permutation(seed: int, epoch: int, n: int) -> Int64[Tensor, " n"]:
     """The order in which an epoch visits n images: a pure function, so the data position is a number."""
     return torch.from_numpy(philox(seed, "order", epoch).permutation(n))
 

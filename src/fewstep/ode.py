@@ -16,7 +16,7 @@ SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
 
 def karras_sigmas(
     points: int, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO
-) -> Float64[Tensor, "points"]:
+) -> Float64[Tensor, " points"]:
     """Increasing noise levels sigma_0 = sigma_min ... sigma_{points-1} = sigma_max (EDM, arXiv:2206.00364, eq. 5)."""
     if points < 2 or not 0 < sigma_min < sigma_max:
         raise FewstepError(f"a sigma grid needs 2 or more points and 0 < sigma_min < sigma_max, got {points} points")

@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from fewstep.types import FewstepError
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -44,8 +46,18 @@ class Stages:
 
     count: int = 8
 
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise FewstepError(f"the stages' count must be 1 or more, got {self.count}")
+
     def __call__(self, progress: Progress, /) -> int:
         return math.floor(progress.fraction * self.count)
+
+
+def check_intervals(s0: int, s1: int) -> None:
+    """FewstepError unless a grid can grow from s0 to s1 intervals."""
+    if not 1 <= s0 <= s1:
+        raise FewstepError(f"a growing grid needs 1 <= s0 <= s1, got s0 = {s0}, s1 = {s1}")
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,9 @@ class Doubling:
 
     s0: int = 10
     s1: int = 1280
+
+    def __post_init__(self) -> None:
+        check_intervals(self.s0, self.s1)
 
     @property
     def stages(self) -> float:
@@ -74,6 +89,9 @@ class SquareRoot:
     s0: int = 2
     s1: int = 150
 
+    def __post_init__(self) -> None:
+        check_intervals(self.s0, self.s1)
+
     def __call__(self, progress: Progress, /) -> int:
         square = progress.fraction * ((self.s1 + 1) ** 2 - self.s0**2) + self.s0**2
         return max(math.ceil(math.sqrt(square) - 1), 1)
@@ -85,6 +103,10 @@ class TargetDecay:
 
     grid: SquareRoot = SquareRoot()
     mu0: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mu0 < 1:
+            raise FewstepError(f"--target-decay.mu0 must be between 0 and 1, got {self.mu0}")
 
     def __call__(self, progress: Progress, /) -> float:
         return math.exp(self.grid.s0 * math.log(self.mu0) / (self.grid(progress) + 1))
@@ -100,6 +122,13 @@ class LearningRate:
     peak: float = 1e-4
     warmup_nimg: int = 0
     decay_nimg: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.peak < math.inf:
+            raise FewstepError(f"--lr.peak must be positive and finite, got {self.peak}")
+        for name in ("warmup_nimg", "decay_nimg"):
+            if getattr(self, name) < 0:
+                raise FewstepError(f"--lr.{name.replace('_', '-')} must be 0 or more, got {getattr(self, name)}")
 
     def __call__(self, progress: Progress, /) -> float:
         rate = self.peak

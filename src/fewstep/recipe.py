@@ -1,7 +1,7 @@
 """Recipe: everything a run is made of, as one value. The functions that return recipes live in fewstep.recipes."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -10,6 +10,7 @@ from fewstep.data import DataSpec
 from fewstep.ema import AverageLaw, ConstantEMA
 from fewstep.networks import Network, UNet
 from fewstep.objectives import PairObjective
+from fewstep.ode import SIGMA_MAX
 from fewstep.progress import Constant, LearningRate, TargetDecay
 from fewstep.types import FewstepError
 
@@ -29,6 +30,10 @@ class Optimizer:
     eps: float = 1e-8
     weight_decay: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not all(0 <= beta < 1 for beta in self.betas) or self.eps <= 0 or self.weight_decay < 0:
+            raise FewstepError("--optimizer needs betas in [0, 1), eps > 0 and weight-decay >= 0")
+
     def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         kind = OPTIMIZERS[self.name]
         return kind(parameters, lr=0.0, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)  # type: ignore[call-arg]
@@ -46,6 +51,10 @@ class Evaluation:
     """generated images per evaluation"""
     steps: int = 1
     """sampling steps"""
+
+    def __post_init__(self) -> None:
+        if self.every_nimg < 0 or self.num < 2 or self.steps < 1:
+            raise FewstepError("--evaluation needs every-nimg >= 0, num >= 2 and steps >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +113,33 @@ class Recipe:
         for name in ("total_nimg", "batch_size", "log_nimg"):
             if getattr(self, name) < 1:
                 raise FewstepError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}")
+        for name in ("snapshot_nimg", "grid_nimg", "seed", "max_skipped"):
+            if getattr(self, name) < 0:
+                raise FewstepError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(self, name)}")
+        if self.sigma_data <= 0 or self.sigma_min < 0 or not 0 < self.second_sigma < SIGMA_MAX:
+            raise FewstepError("a recipe needs sigma-data > 0, sigma-min >= 0 and 0 < second-sigma < 80")
+        for name, term in self.objective.terms.items():
+            own = getattr(term.weighting, "sigma_data", self.sigma_data)
+            if own != self.sigma_data:
+                option = f"--objective.terms.{name}.weighting.sigma-data"
+                raise FewstepError(f"{option} is {own} but --sigma-data {self.sigma_data}: give both the same value")
+        intervals = getattr(getattr(self.objective.pairs, "grid", None), "intervals", None)
+        if isinstance(self.target_decay, TargetDecay) and self.target_decay.grid != intervals:
+            raise FewstepError(
+                "--target-decay.grid and --objective.pairs.grid.intervals differ: give both the same s0 and s1"
+            )
         if self.microbatch is not None and self.microbatch < 1:
             raise FewstepError(f"--microbatch must be 1 or more, got {self.microbatch}")
         if len({law.name for law in self.averages}) < len(self.averages):
             raise FewstepError("two averages have the same name: give each --averages.N another decay or std")
+
+
+def with_sigma_data(recipe: Recipe, sigma_data: float) -> Recipe:
+    """The recipe for data of this standard deviation, its weightings included."""
+    terms = {
+        name: replace(term, weighting=replace(term.weighting, sigma_data=sigma_data))  # type: ignore[type-var]
+        if hasattr(term.weighting, "sigma_data")
+        else term
+        for name, term in recipe.objective.terms.items()
+    }
+    return replace(recipe, sigma_data=sigma_data, objective=replace(recipe.objective, terms=terms))

@@ -3,23 +3,22 @@
 import copy
 import math
 import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 from fewstep import distributed
-from fewstep.console import ProgressLine, say
+from fewstep.console import ProgressLine
 from fewstep.data import BatchOrder, Images, batches, open_images, to_uint8
 from fewstep.environment import pick_device
 from fewstep.evaluation import EVALUATION_SEED, Generator, evaluate, reference_of
 from fewstep.files import append_jsonl
+from fewstep.interrupts import Interrupted, caught_signals, signalled
 from fewstep.metrics import Extractor, Record, Reference, better, load_extractor
 from fewstep.model import Model, ModelInfo, load_weights, save_model
 from fewstep.networks import Architecture
@@ -34,14 +33,6 @@ SIGMA_EDGES = torch.logspace(math.log10(0.002), math.log10(80), 17).tolist()  # 
 GRID_SEED = 777  # sample grids use the same noise throughout a run, and in every run
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM: the run is saved and can be resumed."""
-
-    def __init__(self, number: int, message: str):
-        super().__init__(message)
-        self.exit_code = 128 + number
-
-
 def train(
     recipe: Recipe, out: str | Path, *, init: Model | None = None, resume: bool = False, overwrite: bool = False,
     device: str = "auto", quiet: bool = False,
@@ -52,33 +43,68 @@ def train(
     `out` holds. Raises FewstepError for bad input and non-finite losses, Interrupted (saved) on Ctrl-C and SIGTERM.
     """
     place = distributed.start(pick_device(device))
+    if recipe.batch_size % distributed.world():
+        raise FewstepError(f"--batch-size {recipe.batch_size} cannot be shared by {distributed.world()} processes")
     images = open_images(recipe.data)
     shown = images.split("train", recipe.data.heldout)
     architecture = architecture_for(recipe, images)
-    run = RunDir(out)
+    state = TrainState.create(recipe, architecture, place)
+    if init:
+        load_weights(state.model, init.denoiser.state_dict(), str(init.path))
+        state.start_from(init.denoiser.state_dict())
+    judge = Judge.of(recipe, images, place) if recipe.evaluation.every_nimg and distributed.rank() == 0 else None
+    run = RunDir(out)  # nothing there is touched before all of the above has worked
     try:
-        if distributed.rank() == 0:
-            recipe = run.claim(str(place), recipe, resume, overwrite)
-        distributed.barrier()
-        if recipe.precision == "tf32":
-            torch.set_float32_matmul_precision("high")
-        state = TrainState.create(recipe, architecture, place)
-        if init:
-            load_weights(state.model, init.denoiser.state_dict(), str(init.path))
-            state.start_from(init.denoiser.state_dict())
-        seconds, origin = run.load_state(state) if resume else (0.0, init.sha256 if init else "")
+        distributed.on_first_rank(lambda: run.claim(str(place), recipe, resume, overwrite))
+        seconds, origin = 0.0, init.sha256 if init else ""
+        if resume:
+            seconds, began_from = run.load_state(state, images.fingerprint)
+            if init and began_from != origin:
+                raise FewstepError(f"{run.path} did not begin with {init.path}: leave out --init to resume it")
+            origin = began_from
         if distributed.rank() == 0:  # from here on, a run killed at any moment can be resumed
-            run.forget_after(state.nimg) if resume else run.save_state(state, seconds, origin)
+            if resume:
+                run.forget_after(state.nimg)
+            else:
+                run.save_state(state, seconds, origin, images.fingerprint)
         if recipe.compile:
             state.model.network.compile()
         info = ModelInfo(
-            architecture, recipe.kind, recipe=recipe.name, data=images.name, class_names=images.class_names,
-            second_sigma=recipe.second_sigma, initialised_from=origin,
+            architecture, recipe.kind, recipe=recipe.name, data=images.name, heldout=recipe.data.heldout,
+            data_fingerprint=images.fingerprint, class_names=images.class_names, second_sigma=recipe.second_sigma,
+            initialised_from=origin,
         )  # fmt: skip
-        Keeper(run, recipe, images, state, info, seconds, quiet).train(shown)
+        with float32_precision(recipe.precision):
+            Keeper(run, recipe, state, info, judge, seconds, quiet).train(shown)
     finally:
         run.release()
     return run
+
+
+@contextmanager
+def float32_precision(name: str) -> Iterator[None]:
+    """tf32: let CUDA round the factors of float32 products; otherwise float32 is float32. Restored afterwards."""
+    old = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = name == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(old[0])
+        torch.backends.cudnn.allow_tf32 = old[1]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What a run's own evaluations need: ready before the first step, so that nothing fails hours later."""
+
+    extractor: Extractor
+    reference: Reference
+
+    @classmethod
+    def of(cls, recipe: Recipe, images: Images, device: torch.device) -> "Judge":
+        extractor = load_extractor(recipe.evaluation.extractor, str(device))
+        return cls(extractor, reference_of(images, extractor, "train", recipe.data.heldout))
 
 
 def architecture_for(recipe: Recipe, images: Images) -> Architecture:
@@ -98,9 +124,9 @@ class Keeper:
 
     run: RunDir
     recipe: Recipe
-    images: Images
     state: TrainState
     info: ModelInfo
+    judge: Judge | None
     seconds: float
     quiet: bool = False
     row: "LogRow" = field(init=False)
@@ -108,9 +134,8 @@ class Keeper:
     def __post_init__(self) -> None:
         self.main = distributed.rank() == 0
         self.row = LogRow(len(SIGMA_EDGES) + 1, self.state.device)
-        self.board = tensorboard_writer(self.run.path) if self.main else None
+        self.board = tensorboard_writer(self.run.path, self.state.nimg) if self.main else None
         self.clock = time.monotonic() - self.seconds
-        self.evaluated: tuple[Extractor, Reference] | None = None
 
     def train(self, shown: Images) -> None:
         """From the state's position to the end of the recipe."""
@@ -120,7 +145,7 @@ class Keeper:
             shown, order, state.nimg, recipe.batch_size, rank=distributed.rank(), world=distributed.world()
         )  # fmt: skip
         line = ProgressLine(recipe.name, total, state.nimg, quiet=self.quiet or not self.main)
-        with closing(feed), line, caught_signals() as caught:
+        with closing(feed), line, closing(self.board) if self.board else nullcontext(), caught_signals() as caught:
             labelled = feed if recipe.conditional else ((pixels, None) for pixels, _ in feed)
             steps = training_steps(state, recipe, labelled)
             while state.nimg < total:
@@ -130,11 +155,13 @@ class Keeper:
                 self.row.add(step)
                 line.note(" ".join(f"{name} {value:.4g}" for name, value in step.losses.items()))
                 line.advance(recipe.batch_size)
+                before = time.monotonic()
                 self.keep(step)
+                self.row.began += time.monotonic() - before  # images per second are of training alone
                 if number := signalled(caught, state.device):
                     self.interrupted(number)
-        if self.board:
-            self.board.close()
+        if state.skipped * recipe.batch_size >= total:
+            raise FewstepError(f"every step was skipped for a loss that is not finite: see {self.run.problems_file}")
 
     def due(self, interval: int) -> bool:
         """Whether the last step passed a multiple of `interval` images, or the end of the run."""
@@ -145,29 +172,27 @@ class Keeper:
     def keep(self, step: Step) -> None:
         """All that is due after this step: the state comes last, so what a killed run lacks is made again."""
         saving = self.due(self.recipe.snapshot_nimg)
-        if (
-            self.due(self.recipe.log_nimg) or saving
-        ):  # the sums of a row are not in the state: it begins with an empty one
+        if saving or self.due(self.recipe.log_nimg):  # the sums of a row are not in the state
             self.log()
         if self.main and saving:
             info = replace(self.info, nimg=step.nimg)
             save_model(self.run.snapshot_file(step.nimg), self.state.weights("online"), info)
         if self.main and self.due(self.recipe.grid_nimg):
             self.draw_grid()
-        every = self.recipe.evaluation.every_nimg
-        if self.main and every and self.due(every):
-            self.evaluate()
+        if self.judge and self.due(self.recipe.evaluation.every_nimg):
+            self.evaluate(self.judge)
         if saving:
             self.save()
 
     def save(self) -> None:
-        """The averages' weights and the training state."""
-        if not self.main:
-            return
-        for name in self.state.averages:
-            info = replace(self.info, nimg=self.state.nimg, weights=name)
-            save_model(self.run.average_file(name), self.state.weights(name), info)
-        self.run.save_state(self.state, time.monotonic() - self.clock, self.info.initialised_from)
+        """The averages' weights and the training state. No process goes on, or ends, before they are on the disk."""
+        if self.main:
+            for name in self.state.averages:
+                info = replace(self.info, nimg=self.state.nimg, weights=name)
+                save_model(self.run.average_file(name), self.state.weights(name), info)
+            seconds = time.monotonic() - self.clock
+            self.run.save_state(self.state, seconds, self.info.initialised_from, self.info.data_fingerprint)
+        distributed.barrier()
 
     def log(self) -> None:
         """One row: mean losses since the last one, and the loss by noise level."""
@@ -205,21 +230,18 @@ class Keeper:
             pictures.append(grid(to_uint8(samples), classes or 8))
         save(self.run.grid_file(self.state.nimg), beside(pictures))
 
-    def evaluate(self) -> None:
+    def evaluate(self, judge: Judge) -> None:
         """The Frechet distance of the raw weights and every average; the best so far is kept with its record."""
         plan = self.recipe.evaluation
-        if self.evaluated is None:
-            extractor = load_extractor(plan.extractor, str(self.state.device))
-            self.evaluated = extractor, reference_of(self.images, extractor, "train", self.recipe.data.heldout)
-        extractor, reference = self.evaluated
         sampler = self.info.sampler(plan.steps)
         for name in ("online", *self.state.averages):
             record = evaluate(
-                self.shadow(name), sampler, reference, extractor, plan.num, (EVALUATION_SEED,), model=name
+                self.shadow(name), sampler, judge.reference, judge.extractor, plan.num, (EVALUATION_SEED,), model=name
             )[0]
             before = [Record.from_json(row["record"]) for row in self.run.metrics()]
             row = {"nimg": self.state.nimg, "weights": name, "record": record.to_json()}
-            if all(record.stamp() != old.stamp() or better(record, old) for old in before):
+            peers = [old for old in before if (old.stamp(), old.sigmas) == (record.stamp(), record.sigmas)]
+            if all(better(record, old) for old in peers):
                 info = replace(self.info, nimg=self.state.nimg, weights=name, best=row)
                 save_model(self.run.average_file("best"), self.state.weights(name), info)
             append_jsonl(self.run.metrics_file, row)
@@ -230,17 +252,18 @@ class Keeper:
         """Skip the step if the recipe says so; otherwise save and stop with the cause."""
         stage = self.recipe.objective.pairs.stage(Progress(step.nimg - self.recipe.batch_size, self.recipe.total_nimg))
         problem = f"{step.problem}, stage {stage}"
-        if self.main:
+        if self.main:  # a resumed run meets this batch, and writes this row, again
             append_jsonl(self.run.problems_file, {"nimg": step.nimg, "problem": problem})
         if self.recipe.on_nonfinite == "skip" and self.state.skipped <= self.recipe.max_skipped:
             return
-        self.state.nimg -= self.recipe.batch_size  # a resumed run meets this batch again
+        self.state.nimg -= self.recipe.batch_size
         self.state.skipped -= 1
         again = "start again with a lower --lr.peak or another --init"
         if not all(tensor.isfinite().all() for tensor in self.state.tensors().values()):
             raise FewstepError(
                 f"{problem}; the weights overflowed before, so {self.run.path} keeps its last good state: {again}"
             )
+        self.log()
         self.save()
         raise FewstepError(
             f"{problem}; saved at {self.state.nimg} images in {self.run.path}: {again}, or go on with "
@@ -288,45 +311,13 @@ class LogRow:
         }
 
 
-@contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM become entries of a list, so that the step in progress is finished and saved."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-
-    def catch(number: int, frame: FrameType | None) -> None:
-        if caught:  # asked twice: go at once
-            raise KeyboardInterrupt
-        caught.append(number)
-        say(f"{signal.Signals(number).name}: finishing this step, then saving (again: stop at once)")
-
-    old = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def signalled(caught: list[int], device: torch.device) -> int:
-    """The signal that any process has caught, so that all of them stop after the same step; 0: none."""
-    if distributed.world() == 1:
-        return caught[0] if caught else 0
-    numbers = torch.zeros(65, device=device)
-    numbers[caught[0] if caught else 0] = 1
-    distributed.sum_over_ranks([numbers])
-    return int(numbers[1:].argmax()) + 1 if numbers[1:].any() else 0
-
-
-def tensorboard_writer(path: Path) -> Any:
-    """A TensorBoard writer when tensorboard is installed, else None."""
+def tensorboard_writer(path: Path, nimg: int) -> Any:
+    """A TensorBoard writer when tensorboard is installed, else None; what it holds beyond nimg is made again."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(path / "tensorboard"))
+    return SummaryWriter(str(path / "tensorboard"), purge_step=nimg + 1 if nimg else None)
 
 
 __all__ = ["SIGMA_EDGES", "Interrupted", "Keeper", "architecture_for", "train"]

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from fewstep import codec
 from fewstep.environment import environment
-from fewstep.files import PART, atomic_write, read_json, read_jsonl, write_json
+from fewstep.files import PART, append_jsonl, atomic_write, read_json, read_jsonl, write_json
 from fewstep.recipe import Recipe
 from fewstep.snapshots import format as snapshot
 from fewstep.training import TrainState
@@ -36,6 +36,7 @@ class RunDir:
         self.log_file = self.path / "log.jsonl"
         self.metrics_file = self.path / "metrics.jsonl"
         self.problems_file = self.path / "problems.jsonl"
+        self.environment_file = self.path / "environment.json"
         self.state_file = self.path / "state.safetensors"
         self.lock: IO[str] | None = None
 
@@ -65,7 +66,9 @@ class RunDir:
 
     def claim(self, device: str, recipe: Recipe, resume: bool, overwrite: bool) -> Recipe:
         """Own the directory: begin a new run, or continue the one that is there. Never by guess."""
-        leftover = [self.path / ".lock", *self.leftovers()]  # of a process killed before it wrote the recipe
+        leftover = [self.path / ".lock", *self.leftovers()]  # of a process that saved nothing
+        if not self.state_file.exists() and self.is_ours():
+            leftover += [self.recipe_file, self.environment_file]
         occupied = self.path.exists() and any(file not in leftover for file in self.path.iterdir())
         if resume and not self.recipe_file.exists():
             raise FewstepError(f"{self.path} holds no run to resume: leave out --resume to start one there")
@@ -75,7 +78,7 @@ class RunDir:
             raise FewstepError(
                 f"{self.path} holds a run: continue it with --resume, replace it with --overwrite, or choose another --out"
             )
-        if occupied and not resume and '"fewstep.recipe:Recipe"' not in self.recipe_file.read_text(errors="replace"):
+        if occupied and not resume and not self.is_ours():
             raise FewstepError(f"{self.recipe_file} is not a fewstep run's: choose another --out")
         self.path.mkdir(parents=True, exist_ok=True)
         self.take_lock()
@@ -86,8 +89,16 @@ class RunDir:
         for folder in self.leftovers():
             shutil.rmtree(folder, ignore_errors=True)
         write_json(self.recipe_file, codec.encode(recipe))
-        write_json(self.path / "environment.json", environment(device))
+        here = environment(device)
+        if resume:
+            append_jsonl(self.path / "resumes.jsonl", here)
+        else:
+            write_json(self.environment_file, here)
         return recipe
+
+    def is_ours(self) -> bool:
+        """Whether recipe.json is a fewstep run's."""
+        return self.recipe_file.exists() and '"fewstep.recipe:Recipe"' in self.recipe_file.read_text(errors="replace")
 
     def take_lock(self) -> None:
         """Refuse a directory that another process is training in; the lock ends with the process, however it ends."""
@@ -118,7 +129,8 @@ class RunDir:
         ):
             for file in self.path.glob(pattern):
                 file.unlink()
-        for file in (self.log_file, self.metrics_file, self.problems_file, self.state_file, self.path / "report.html"):
+        own = (self.log_file, self.metrics_file, self.problems_file, self.state_file)
+        for file in (*own, self.path / "report.html", self.path / "resumes.jsonl"):
             file.unlink(missing_ok=True)
 
     def leftovers(self) -> list[Path]:
@@ -141,16 +153,39 @@ class RunDir:
             )
         return asked
 
-    def save_state(self, state: TrainState, seconds: float, origin: str) -> None:
-        """The one training state, replacing the older one only when it is whole."""
-        header = {"nimg": state.nimg, "skipped": state.skipped, "seconds": seconds, "initialised_from": origin}
+    def save_state(self, state: TrainState, seconds: float, origin: str, data: str) -> None:
+        """The one training state, replacing the older one only when it is whole.
+
+        origin: the hash of the weights that training began with; data: the fingerprint of all the images.
+        """
+        header = {
+            "nimg": state.nimg,
+            "skipped": state.skipped,
+            "seconds": seconds,
+            "initialised_from": origin,
+            "data": data,
+        }
         snapshot.write(self.state_file, state.tensors(), {"state": header})
 
-    def load_state(self, state: TrainState) -> tuple[float, str]:
-        """Continue from the saved training state; returns the seconds trained and the hash of the weights it began with."""
+    def progress(self) -> dict[str, Any]:
+        """What the training state says of itself: nimg, skipped, seconds, initialised_from, data."""
         if not self.state_file.exists():
-            raise FewstepError(f"{self.path} was stopped before it saved anything: start it again with --overwrite")
-        stored = snapshot.read(self.state_file)
+            raise FewstepError(
+                f"{self.path} was stopped before it saved anything: leave out --resume to start it again"
+            )
+        return snapshot.read_header(self.state_file)["state"]
+
+    def load_state(self, state: TrainState, data: str) -> tuple[float, str]:
+        """Continue from the saved training state; returns the seconds trained and the hash of the weights it began with."""
+        if self.progress()["data"] != data:
+            raise FewstepError(
+                f"the data are not those that {self.path} was begun with (other images, names or labels): restore them, "
+                f"or start a new run with --init {self.path}"
+            )
+        try:
+            stored = snapshot.read(self.state_file)
+        except FewstepError as error:
+            raise FewstepError(f"{error}; a new run can start with --init {self.path}:online") from None
         state.load_tensors(stored.tensors)
         saved = stored.header["state"]
         state.nimg, state.skipped = saved["nimg"], saved["skipped"]

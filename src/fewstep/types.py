@@ -9,10 +9,10 @@ from typing import Protocol, TypeAlias, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Sample: TypeAlias = Float[Tensor, "n *dims"]
-Times: TypeAlias = Float[Tensor, "n"]
-PerSample: TypeAlias = Float[Tensor, "n"]
-Labels: TypeAlias = Int[Tensor, "n"] | None
+Sample: TypeAlias = Float[Tensor, " n *dims"]
+Times: TypeAlias = Float[Tensor, " n"]
+PerSample: TypeAlias = Float[Tensor, " n"]
+Labels: TypeAlias = Int[Tensor, " n"] | None
 
 
 class FewstepError(ValueError):
@@ -30,6 +30,6 @@ class Denoiser(Protocol):
     def __call__(self, x: Sample, t: Times, label: Labels = None, /) -> Sample: ...
 
 
-def like(t: Float[Tensor, "n"], x: Float[Tensor, "n *dims"]) -> Tensor:
+def like(t: Float[Tensor, " n"], x: Float[Tensor, " n *dims"]) -> Tensor:
     """t [n] with as many trailing axes of length one as x [n, *dims] has, so that t * x broadcasts per sample."""
     return t.reshape(-1, *(1,) * (x.ndim - 1)).to(x.dtype)

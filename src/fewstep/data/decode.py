@@ -1,6 +1,7 @@
 """From what a source stores to uint8 pixels, by one policy, and between uint8 and the [-1, 1] that networks see.
 
 The first image decides: greyscale (Pillow's mode L) gives one channel, everything else RGB; later images follow it.
+Images are turned as their EXIF orientation says, and what is transparent shows white.
 """
 
 import os
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fewstep.types import FewstepError
@@ -50,18 +51,27 @@ def to_uint8(samples: Float[Tensor, "*dims"]) -> UInt8[Tensor, "*dims"]:
 
 
 def opened(source: Source, i: int) -> Image.Image:
-    """Image i, in the mode and size it was stored in."""
+    """Image i, upright and opaque; greyscale stays mode L."""
     where = f"{source.name}: image {source.keys[i]}"
     try:
         raw = source.read(i)
-        image = Image.fromarray(raw) if isinstance(raw, np.ndarray) else Image.open(BytesIO(raw), formats=FORMATS)
+        if isinstance(raw, np.ndarray):
+            return Image.fromarray(raw)
+        image = Image.open(BytesIO(raw), formats=FORMATS)
         image.load()
+        ImageOps.exif_transpose(image, in_place=True)
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
         cause = f"not {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else reason(error)
         raise FewstepError(f"{where} cannot be read ({cause}); repair or remove it") from error
     if image.mode.startswith(("I", "F")):
         raise FewstepError(f"{where} has more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
-    return image
+    return on_white(image) if image.has_transparency_data else image
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """The image over white, for the colours beneath transparent pixels are whatever a program left there."""
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("L" if image.mode == "L" else "RGB")
 
 
 def fit(image: Image.Image, side: int) -> Image.Image:
@@ -95,7 +105,7 @@ class Decoder:
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
     def __call__(
-        self, rows: Int64[Tensor, "m"], progress: Callable[[int, int], None] | None = None
+        self, rows: Int64[Tensor, " m"], progress: Callable[[int, int], None] | None = None
     ) -> UInt8[Tensor, "m c h w"]:
         """The pixels of these rows; threads share the work, in at most 100 pieces, if there are many."""
         numbers = rows.tolist()

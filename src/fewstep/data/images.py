@@ -58,9 +58,9 @@ class Images:
     name: str
     shape: tuple[int, int, int]
     keys: list[str] = field(repr=False)
-    labels: Int64[Tensor, "n"] | None = field(repr=False)
+    labels: Int64[Tensor, " n"] | None = field(repr=False)
     class_names: tuple[str, ...] = field(repr=False)
-    rows: Int64[Tensor, "n"] = field(repr=False)
+    rows: Int64[Tensor, " n"] = field(repr=False)
     fetch: Callable[[Tensor], Tensor] = field(repr=False)
 
     def __len__(self) -> int:
@@ -77,7 +77,7 @@ class Images:
         labels = None if self.labels is None else self.labels.tolist()
         return sha256(json.dumps([self.shape, self.keys, labels]).encode()).hexdigest()
 
-    def pixels(self, indices: Sequence[int] | Int[Tensor, "m"]) -> UInt8[Tensor, "m c h w"]:
+    def pixels(self, indices: Sequence[int] | Int[Tensor, " m"]) -> UInt8[Tensor, "m c h w"]:
         """The images at these positions of the set."""
         return self.fetch(self.rows[torch.as_tensor(indices, dtype=torch.int64, device="cpu")])
 
@@ -92,7 +92,7 @@ class Images:
         held = torch.tensor([hash01(key) < fraction for key in self.keys])
         if held.all() or not held.any():
             sides = f"holding out {fraction} of {len(self)} images leaves one side empty"
-            raise FewstepError(f"{self.name}: {sides}; change --data.heldout or use more images")
+            raise FewstepError(f"{self.name}: {sides}; change the held-out fraction or use more images")
         chosen = torch.nonzero(held if which == "heldout" else ~held)[:, 0]
         labels = None if self.labels is None else self.labels[chosen]
         return replace(self, keys=[self.keys[i] for i in chosen.tolist()], labels=labels, rows=self.rows[chosen])
@@ -153,7 +153,7 @@ def open_source(text: str) -> Source:
     return READERS[path.suffix.lower()](path)
 
 
-def checked_labels(source: Source) -> tuple[Int64[Tensor, "n"] | None, tuple[str, ...]]:
+def checked_labels(source: Source) -> tuple[Int64[Tensor, " n"] | None, tuple[str, ...]]:
     """The labels as integers 0..k-1 and the k class names. Classes without a name are called by their number."""
     if source.labels is None:
         return None, ()

@@ -27,7 +27,7 @@ class BatchOrder:
     n: int
     seed: int
 
-    def indices(self, start: int, count: int) -> Int64[Tensor, "{count}"]:
+    def indices(self, start: int, count: int) -> Int64[Tensor, " {count}"]:
         """The data set's indices of the images number start .. start + count - 1 ever seen."""
         parts, stop = [torch.empty(0, dtype=torch.int64)], start + count
         while start < stop:
@@ -39,7 +39,7 @@ class BatchOrder:
 
 def batches(
     images: Images, order: BatchOrder, start: int, batch_size: int, *, rank: int = 0, world: int = 1
-) -> Generator[tuple[UInt8[Tensor, "m c h w"], Int64[Tensor, "m"] | None], None, None]:
+) -> Generator[tuple[UInt8[Tensor, "m c h w"], Int64[Tensor, " m"] | None], None, None]:
     """(pixels, labels) for ever, from the image number `start` on; each process gets its own slice of each batch."""
     if batch_size < 1 or batch_size % world:
         raise FewstepError(f"a batch of {batch_size} images cannot be shared by {world} processes; give a multiple")

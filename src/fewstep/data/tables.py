@@ -1,6 +1,7 @@
 """Images as rows: the bundled digits, .npz, parquet and Hugging Face data sets. Nothing is ever unpickled."""
 
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,27 @@ def npz(path: Path) -> Source:
         with np.load(path, allow_pickle=False) as file:
             images = next((file[name] for name in ("images", "x", "arr_0") if name in file), None)
             labels = next((file[name] for name in ("labels", "label", "y", "arr_1") if name in file), None)
+        if isinstance(images, bytes) or isinstance(labels, bytes):  # what numpy makes of a member that is no array
+            raise ValueError("a member is no array")
     except Exception as error:  # numpy raises half a dozen kinds on a broken archive
-        cause = "it holds pickled objects, which are never loaded" if "pickle" in str(error) else reason(error)
+        cause = pickled_or_broken(path, error)
         raise FewstepError(f"{path} cannot be read ({cause}); save uint8 arrays with numpy.savez") from error
     if images is None or images.dtype != np.uint8:
         found = "no array named images, x or arr_0" if images is None else f"images of type {images.dtype}"
         raise FewstepError(f"{path} has {found}; save uint8 images, 0..255, under the name images")
     return array_rows(path.stem, channels_last(images, path), labels)
+
+
+def pickled_or_broken(path: Path, error: Exception) -> str:
+    """Why numpy cannot read an .npz: to numpy, every file that it does not recognise is a pickle."""
+    if isinstance(error, OSError) and error.errno:
+        return reason(error)
+    archive = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        pickle = file.read(1) == b"\x80"
+    if "pickle" in str(error) and (archive or pickle):
+        return "it holds pickled objects, which are never loaded"
+    return reason(error) if archive else "it is not a whole .npz archive"
 
 
 def channels_last(images: np.ndarray, path: Path) -> np.ndarray:

@@ -80,7 +80,7 @@ class DigitsExtractor:
         with full_precision(self.device):
             return self.net(images.to(self.device))
 
-    def classify(self, images: UInt8[Tensor, "n c h w"]) -> Int64[Tensor, "n"]:
+    def classify(self, images: UInt8[Tensor, "n c h w"]) -> Int64[Tensor, " n"]:
         """The digit 0..9 that each image shows."""
         features = self(images)
         with full_precision(self.device):

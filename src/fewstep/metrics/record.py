@@ -8,7 +8,7 @@ from typing import Any, Final
 from fewstep.types import FewstepError
 
 LOWER_IS_BETTER: Final = frozenset({"fd", "kid"})  # of every other metric, more is better
-STAMP: Final = ("metric", "n", "extractor_sha256", "reference_sha256", "reference_n")
+STAMP: Final = ("metric", "n", "extractor", "extractor_sha256", "reference_sha256", "reference_n")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Moments:
     """
 
     n: int
-    mean: Float64[Tensor, "d"]
+    mean: Float64[Tensor, " d"]
     scatter: Float64[Tensor, "d d"]
 
     @classmethod

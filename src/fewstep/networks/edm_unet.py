@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fewstep.networks.limits import check_dropout, check_multipliers, check_positive
 from fewstep.types import FewstepError, Labels, Times
 
 Resampling: TypeAlias = Literal["up", "down", "fused down"] | None
@@ -54,6 +55,15 @@ class EDMUNet:
     augment_dim: int = 9
     """Length of EDM's augmentation labels: always zero here, but their parameter is kept so that public weights fit."""
 
+    def __post_init__(self) -> None:
+        if self.channels < 4 or self.channels % 4:
+            raise FewstepError(f"--network.channels must be a positive multiple of 4, got {self.channels}")
+        check_positive(self, ("blocks",))
+        check_multipliers(self.multipliers)
+        check_dropout(self.dropout)
+        if self.augment_dim < 0:
+            raise FewstepError(f"--network.augment-dim must be 0 or more, got {self.augment_dim}")
+
     def build(self, shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The network F for images of `shape` (C, H, W), freshly initialised; num_classes 0 is unconditional."""
         _, height, width = shape
@@ -63,7 +73,7 @@ class EDMUNet:
         if height % divisor:
             fix = f"resize the images to a multiple of {divisor} or shorten multipliers={self.multipliers}"
             raise FewstepError(f"the U-Net cannot halve {height} that often: {fix}")
-        return UNet(self, shape, num_classes)
+        return _EDMUNet(self, shape, num_classes)
 
     def dropout_at(self, resolution: int) -> float:
         """The dropout probability of the blocks at `resolution`."""
@@ -75,7 +85,7 @@ class EDMUNet:
         return Block(cin, cout, 4 * self.channels, self.dropout_at(r), attention, resample, TAPS[self.style])
 
 
-class UNet(nn.Module):
+class _EDMUNet(nn.Module):
     """F(x [n,C,H,W], c_noise [n], label [n] | None) -> [n,C,H,W], with c_noise = ln(sigma) / 4."""
 
     def __init__(self, config: EDMUNet, shape: tuple[int, ...], num_classes: int):
@@ -270,7 +280,7 @@ class PositionalEmbedding(nn.Module):
 class FourierEmbedding(nn.Module):
     """[sin(2 pi f c), cos(2 pi f c)], frequencies f ~ N(0, 16^2) drawn once and kept (arXiv:2006.10739)."""
 
-    freqs: Float[Tensor, "e"]
+    freqs: Float[Tensor, " e"]
 
     def __init__(self, channels: int):
         super().__init__()
@@ -282,7 +292,10 @@ class FourierEmbedding(nn.Module):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    groups = min(32, channels // 4)
+    if channels % groups:
+        raise FewstepError(f"width {channels} has no {groups} equal groups: give --network.channels a multiple of 32")
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 def linear(cin: int, cout: int, bias: bool = True) -> nn.Linear:

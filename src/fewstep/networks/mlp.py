@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fewstep.networks.limits import check_dropout, check_positive
 from fewstep.types import FewstepError
 
 
@@ -17,6 +18,10 @@ class MLP:
     width: int = 128
     depth: int = 3
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_positive(self, ("width", "depth"))
+        check_dropout(self.dropout)
 
     def build(self, shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The module F(x [n, *shape], c_noise [n], label [n] | None) -> [n, *shape]."""
@@ -38,8 +43,8 @@ class _MLP(nn.Module):
         nn.init.zeros_(last.weight)
 
     def forward(
-        self, x: Float[Tensor, "n *dims"], c_noise: Float[Tensor, "n"], label: Int[Tensor, "n"] | None = None
-    ) -> Float[Tensor, "n *dims"]:
+        self, x: Float[Tensor, " n *dims"], c_noise: Float[Tensor, " n"], label: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, " n *dims"]:
         if (label is None) != (self.label is None):
             raise FewstepError("a class-conditional network needs labels, an unconditional one takes none")
         c = c_noise.to(x.dtype)[:, None]

@@ -40,8 +40,8 @@ class Preconditioned(nn.Module):
         self.network, self.sigma_data, self.sigma_min = network, sigma_data, sigma_min
 
     def forward(
-        self, x: Float[Tensor, "n *dims"], t: Float[Tensor, "n"], label: Int[Tensor, "n"] | None = None
-    ) -> Float[Tensor, "n *dims"]:
+        self, x: Float[Tensor, " n *dims"], t: Float[Tensor, " n"], label: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, " n *dims"]:
         """The estimate of clean x [n, *dims] at noise level t [n] (EDM sigma > 0), in the dtype of x under autocast too."""
         c_skip, c_out, scale_in, c_noise = coefficients(t, self.sigma_data, self.sigma_min)
         raw = self.network(x / like(scale_in, x), c_noise, label).to(x.dtype)

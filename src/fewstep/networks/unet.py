@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fewstep.networks.limits import check_dropout, check_multipliers, check_positive
 from fewstep.types import FewstepError
 
 LOW_FREQUENCY = 0.002  # cycles kept by low_frequency_time: at most 0.5 rad per e-fold of sigma
@@ -15,7 +16,10 @@ LOW_FREQUENCY = 0.002  # cycles kept by low_frequency_time: at most 0.5 rad per 
 
 @dataclass(frozen=True)
 class UNet:
-    """UNet2DModel of diffusers. channels 192, multipliers 1 2 3 4, layers 3 is EDM's ADM (295.9M parameters)."""
+    """UNet2DModel of diffusers.
+
+    channels 192, multipliers 1 2 3 4, layers 3, attention 32 16 8 is EDM's ADM (295.9M parameters with 1000 classes).
+    """
 
     channels: int = 128
     """width at full resolution"""
@@ -33,6 +37,11 @@ class UNet:
     low_frequency_time: bool = True
     """keep only the sinusoids of the time embedding that turn at most 0.5 rad per e-fold of sigma (the others, up to 250,
     hurt consistency tuning: see docs/log.md). Only weights are zeroed: the network stays a stock UNet2DModel."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, ("channels", "layers", "head_dim", "norm_groups"))
+        check_multipliers(self.multipliers)
+        check_dropout(self.dropout)
 
     def build(self, shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The module F(x [n, C, H, W], c_noise [n], label [n] | None) -> [n, C, H, W]; shape is (C, H, W)."""
@@ -92,7 +101,7 @@ class _UNet(nn.Module):
         self.unet = unet
 
     def forward(
-        self, x: Float[Tensor, "n c h w"], c_noise: Float[Tensor, "n"], label: Int[Tensor, "n"] | None = None
+        self, x: Float[Tensor, "n c h w"], c_noise: Float[Tensor, " n"], label: Int[Tensor, " n"] | None = None
     ) -> Float[Tensor, "n c h w"]:
         if (label is None) == bool(self.num_classes):
             raise FewstepError("a class-conditional network needs labels, an unconditional one takes none")

@@ -13,7 +13,7 @@ from fewstep.types import FewstepError, PerSample, Sample
 Over: TypeAlias = Literal["sum", "mean"]
 
 
-def squared_error(a: Float[Tensor, "n *dims"], b: Float[Tensor, "n *dims"], over: Over) -> PerSample:
+def squared_error(a: Float[Tensor, " n *dims"], b: Float[Tensor, " n *dims"], over: Over) -> PerSample:
     """||a - b||^2 per sample: the sum, or the mean, over everything but n. In float32 whatever a and b are in."""
     square = (a.float() - b.float()).square().flatten(1)
     return square.sum(1) if over == "sum" else square.mean(1)

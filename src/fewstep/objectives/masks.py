@@ -15,14 +15,14 @@ from fewstep.types import Times
 class Mask(Protocol):
     """The selected samples, Bool [n]."""
 
-    def __call__(self, t: Times, r: Times, progress: Progress, /) -> Bool[Tensor, "n"]: ...
+    def __call__(self, t: Times, r: Times, progress: Progress, /) -> Bool[Tensor, " n"]: ...
 
 
 @dataclass(frozen=True)
 class Everywhere:
     """Every sample."""
 
-    def __call__(self, t: Times, r: Times, progress: Progress, /) -> Bool[Tensor, "n"]:
+    def __call__(self, t: Times, r: Times, progress: Progress, /) -> Bool[Tensor, " n"]:
         return torch.ones_like(t, dtype=torch.bool)
 
 
@@ -32,5 +32,5 @@ class Below:
 
     sigma: float = 0.17
 
-    def __call__(self, t: Times, r: Times, progress: Progress, /) -> Bool[Tensor, "n"]:
+    def __call__(self, t: Times, r: Times, progress: Progress, /) -> Bool[Tensor, " n"]:
         return t <= self.sigma

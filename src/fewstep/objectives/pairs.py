@@ -40,10 +40,16 @@ class LogNormal:
     mean: float = -1.2
     std: float = 1.2
 
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
+            raise FewstepError(
+                f"a log-normal law needs a finite mean and a positive std, got mean = {self.mean}, std = {self.std}"
+            )
+
     def __call__(self, n: int, generator: torch.Generator) -> Times:
         return torch.exp(self.mean + self.std * torch.randn(n, generator=generator, device=generator.device))
 
-    def masses(self, sigmas: Float64[Tensor, "points"]) -> Float64[Tensor, "intervals"]:
+    def masses(self, sigmas: Float64[Tensor, " points"]) -> Float64[Tensor, " intervals"]:
         """p(i) ~ erf((ln s_{i+1} - mean)/(sqrt2 std)) - erf((ln s_i - mean)/(sqrt2 std)) (iCT, arXiv:2310.14189, sec. 3.5)."""
         erf = torch.erf((sigmas.log() - self.mean) / (math.sqrt(2) * self.std))
         return (erf[1:] - erf[:-1]) / (erf[-1] - erf[0])
@@ -53,7 +59,7 @@ class LogNormal:
 class UniformIndex:
     """Every interval of the grid equally often (CT, CD)."""
 
-    def masses(self, sigmas: Float64[Tensor, "points"]) -> Float64[Tensor, "intervals"]:
+    def masses(self, sigmas: Float64[Tensor, " points"]) -> Float64[Tensor, " intervals"]:
         return torch.full((len(sigmas) - 1,), 1 / (len(sigmas) - 1), dtype=torch.float64)
 
 
@@ -127,7 +133,13 @@ class KarrasGrid:
     sigma_max: float = SIGMA_MAX
     rho: float = RHO
 
-    def __call__(self, progress: Progress) -> Float64[Tensor, "points"]:
+    def __post_init__(self) -> None:
+        low, high, rho = self.sigma_min, self.sigma_max, self.rho
+        if not (0 < low < high < math.inf and 0 < rho < math.inf):
+            found = f"sigma_min = {low}, sigma_max = {high}, rho = {rho}"
+            raise FewstepError(f"a sigma grid needs 0 < sigma_min < sigma_max and rho > 0, got {found}")
+
+    def __call__(self, progress: Progress) -> Float64[Tensor, " points"]:
         return karras_sigmas(int(self.intervals(progress)) + 1, self.sigma_min, self.sigma_max, self.rho)
 
 

@@ -14,7 +14,7 @@ from fewstep.networks import EDMUNet, UNet
 from fewstep.objectives import Consistency, GridPairs, KarrasGrid, PairObjective, SquaredL2, UniformIndex, Unit
 from fewstep.progress import LearningRate, SquareRoot, TargetDecay
 from fewstep.recipe import Evaluation, Optimizer, Recipe
-from fewstep.recipes.edm import DIGITS_NETWORK
+from fewstep.recipes.edm import on_digits
 
 
 def objective(s0: int = 2, s1: int = 150) -> PairObjective:
@@ -44,21 +44,14 @@ def ct() -> Recipe:
 
 def digits() -> Recipe:
     """Bundled 8x8 handwritten digits, class-conditional, on two CPU cores; a coarse grid, for mu(k) -> 1 lags (docs/log.md)."""
-    return replace(
+    return on_digits(
         ct(),
         objective=objective(s0=2, s1=18),
         target_decay=TargetDecay(SquareRoot(2, 18), mu0=0.9),
-        network=DIGITS_NETWORK,
-        data=DataSpec("digits"),
-        conditional=True,
         total_nimg=128_000,
         batch_size=128,
         lr=LearningRate(1e-3),
         averages=(ConstantEMA(0.99),),
-        log_nimg=1_280,
-        snapshot_nimg=12_800,
-        grid_nimg=12_800,
-        evaluation=Evaluation(every_nimg=12_800, extractor="digits", num=2000),
     )
 
 

@@ -15,7 +15,7 @@ from fewstep.networks import EDMUNet, UNet
 from fewstep.objectives import Consistency, GridPairs, InverseGap, KarrasGrid, LogNormal, PairObjective, PseudoHuber
 from fewstep.progress import Doubling, LearningRate
 from fewstep.recipe import Evaluation, Optimizer, Recipe
-from fewstep.recipes.edm import DIGITS_NETWORK
+from fewstep.recipes.edm import on_digits
 
 
 def objective(s0: int = 10, s1: int = 1280) -> PairObjective:
@@ -46,20 +46,13 @@ def ict() -> Recipe:
 
 def digits() -> Recipe:
     """Bundled 8x8 handwritten digits, class-conditional, on two CPU cores."""
-    return replace(
+    return on_digits(
         ict(),
         objective=objective(s0=10, s1=160),
-        network=DIGITS_NETWORK,
-        data=DataSpec("digits"),
-        conditional=True,
         total_nimg=128_000,
         batch_size=128,
         lr=LearningRate(5e-4),
         averages=(ConstantEMA(0.99),),
-        log_nimg=1_280,
-        snapshot_nimg=12_800,
-        grid_nimg=12_800,
-        evaluation=Evaluation(every_nimg=12_800, extractor="digits", num=2000),
     )
 
 
