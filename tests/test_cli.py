@@ -236,6 +236,86 @@ def test_starting_from_another_architecture_says_what_differs(call: Call, runs: 
     refused(call("train", "ect", *arguments), "another architecture", "--network")
 
 
+def test_a_run_that_cannot_begin_does_not_cost_the_one_it_would_replace(call: Call, runs: Path, tmp_path: Path) -> None:
+    code, _, err = call("train", "edm", "--preset", "digits", "--out", tmp_path / "old", *SMALL)
+    assert code == 0, err
+    before = {p: p.read_bytes() for p in (tmp_path / "old").rglob("*.safetensors")}
+    again = ("--out", tmp_path / "old", "--overwrite", "--data", "digits")
+    refused(call("train", "ect", "--init", runs / "edm", "--network.layers", "2", *again), "another architecture")
+    refused(call("train", "edm", "--network.norm-groups", "7", *again), "norm-groups")
+    every = ("--evaluation.every-nimg", "64")
+    refused(call("train", "edm", *every, "--evaluation.extractor", "vgg", *again), "vgg")
+    assert {p: p.read_bytes() for p in (tmp_path / "old").rglob("*.safetensors")} == before
+
+
+def test_resume_refuses_what_would_not_be_the_same_run(call: Call, tmp_path: Path) -> None:
+    folder, out = tmp_path / "photos", tmp_path / "run"
+    folder.mkdir()
+    for i in range(24):
+        Image.new("L", (8, 8), 10 * i).save(folder / f"{i}.png")
+    code, _, err = call(
+        "train", "edm", "--data", folder, "--data.heldout", 0, "--out", out, "--network.head-dim", 8, *SMALL
+    )
+    assert code == 0, err
+    resume = ("train", "edm", "--out", out, "--resume")
+    refused(call(*resume, "--preset", "digits"), "--preset")
+    refused(call(*resume, "--init", out), "leave out --init")
+    Image.new("L", (8, 8)).save(folder / "new.png")
+    refused(call(*resume), "the data are not those")
+    (folder / "new.png").unlink()
+    code, _, err = call(*resume)
+    assert code == 0, err
+
+
+def test_training_images_are_never_called_held_out(call: Call, runs: Path) -> None:
+    measure = (
+        "evaluate",
+        runs / "edm",
+        "--data",
+        "digits",
+        "--reference",
+        "heldout",
+        "--num",
+        50,
+        "--seeds",
+        1,
+        "--steps",
+        1,
+    )
+    refused(call(*measure, "--heldout", "0.3"), "trained with 0.1 held out")
+    code, out, err = call(*measure)
+    assert code == 0, err
+    assert json.loads(out)[0]["reference_n"] == 180
+
+
+def test_published_figures_are_not_quoted_for_another_recipe(call: Call) -> None:
+    changed = json.loads(call("train", "ect", "--preset", "cifar10-200k", "--total-nimg", "4000", "--dry-run")[1])
+    assert changed["published"] == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--seed", "-1"), ("--network.dropout", "2"), ("--lr.peak", "-1"), ("--sigma-data", "0"), ("--sigma-data", "0.25"),
+     ("--second-sigma", "0"), ("--evaluation.steps", "0"), ("--optimizer.betas", "2 2")],
+)  # fmt: skip
+def test_impossible_values_are_refused_before_anything_is_made(
+    call: Call, tmp_path: Path, option: str, value: str
+) -> None:
+    code, out, err = call("train", "edm", "--data", "digits", "--out", tmp_path / "x", option, *value.split())
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    assert option.split(".")[-1].strip("-") in err or "--optimizer" in err, err
+    assert not (tmp_path / "x").exists()
+
+
+def test_images_are_not_mixed_into_a_used_folder(call: Call, runs: Path, tmp_path: Path) -> None:
+    sample = ("sample", runs / "ect", "--num", 2, "--out", tmp_path / "s")
+    assert call(*sample)[0] == 0
+    refused(call(*sample, "--seed", 1), "--overwrite")
+    assert call(*sample, "--overwrite")[0] == 0
+
+
 def test_bad_models(call: Call, runs: Path, tmp_path: Path) -> None:
     whole = next((runs / "ect" / "snapshots").iterdir()).read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
