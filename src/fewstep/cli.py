@@ -181,17 +181,15 @@ def report(*runs: tyro.conf.Positional[Path], out: Path | None = None, device: s
     return {"report": str(path)}
 
 
-def doctor() -> list[dict[str, str]]:
+def doctor() -> None:
     """Versions, device, disk and caches; each red line with its remedy. Exit code 1 when there is one."""
     from fewstep.console import say
-    from fewstep.doctor import as_json, examine, table
+    from fewstep.doctor import examine, table
 
     findings = examine()
     say(table(findings))
-    if any(finding.state == "red" for finding in findings):
-        print(json.dumps(as_json(findings), indent=2))
-        raise SystemExit(1)
-    return as_json(findings)
+    print(json.dumps([vars(finding) for finding in findings], indent=2))
+    raise SystemExit(any(finding.state == "red" for finding in findings))
 
 
 def numbers(text: str, option: str) -> list[int]:

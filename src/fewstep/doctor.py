@@ -4,7 +4,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -135,7 +135,3 @@ def table(findings: list[Finding]) -> str:
         f"{marks[f.state]} {f.name:20} {f.text}" + (f"\n{'':26} -> {f.remedy}" if f.remedy else "") for f in findings
     ]
     return "\n".join(lines)
-
-
-def as_json(findings: list[Finding]) -> list[dict[str, str]]:
-    return [asdict(finding) for finding in findings]

@@ -97,17 +97,6 @@ class Images:
         labels = None if self.labels is None else self.labels[chosen]
         return replace(self, keys=[self.keys[i] for i in chosen.tolist()], labels=labels, rows=self.rows[chosen])
 
-    def label_index(self, name_or_number: str | int) -> int:
-        """The label of a class given by its name, or else by its number."""
-        text = str(name_or_number)
-        if text in self.class_names and isinstance(name_or_number, str):
-            return self.class_names.index(text)
-        if text.isdecimal() and int(text) < self.num_classes:
-            return int(text)
-        known = ", ".join(self.class_names[:20]) + (", ..." if self.num_classes > 20 else "")
-        remedy = f"the {self.num_classes} classes are {known}" if known else "it has no labels, so leave the class away"
-        raise FewstepError(f"{self.name} has no class {text!r}; {remedy}")
-
 
 def check_fraction(fraction: float) -> None:
     """Refuse a held-out fraction outside [0, 1)."""
