@@ -149,3 +149,18 @@ def test_nested_dropout_streams_continue_where_they_were():
             torch.rand(7)
         rest = torch.rand(2)
     assert torch.equal(whole, torch.cat([first, rest]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_dropout_is_shared_on_cuda_and_the_other_streams_are_untouched():
+    device, ones = torch.device("cuda"), torch.ones(1000, device="cuda")
+    before = torch.cuda.get_rng_state(), torch.get_rng_state()
+    masks = []
+    for seed in (5, 5, 6):
+        with dropout_stream(seed, device):
+            masks.append(torch.nn.functional.dropout(ones, 0.5))
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+    assert torch.equal(torch.cuda.get_rng_state(), before[0])
+    assert torch.equal(torch.get_rng_state(), before[1])
