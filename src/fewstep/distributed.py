@@ -67,6 +67,7 @@ def on_first_rank(action: Callable[[], object]) -> None:
 
 
 def dist_is_nccl() -> bool:
+    """Whether the processes exchange CUDA tensors."""
     return dist.is_initialized() and dist.get_backend() == "nccl"
 
 
