@@ -370,9 +370,10 @@ def test_killed_while_writing_again_and_again(data, tmp_path, seed):
 
 
 @pytest.mark.slow
-def test_killed_once_at_every_moment_there_is(data, tmp_path):
+@pytest.mark.parametrize("keeping", [{}, {"snapshot_keep": 1, "snapshot_averages": True}])
+def test_killed_once_at_every_moment_there_is(data, tmp_path, keeping):
     """Every rename, half file and half line of a short run, one kill each; then resumed to its end."""
-    r = replace(often(data), total_nimg=24, averages=(ConstantEMA(0.5),))
+    r = replace(often(data), total_nimg=24, averages=(ConstantEMA(0.5),), **keeping)
     go(r, tmp_path / "whole")
     whole, text, k = everything(tmp_path / "whole"), json.dumps(codec.encode(r)), 0
     while True:
@@ -620,7 +621,7 @@ def test_what_may_change_does(uninterrupted, data, tmp_path):
             go(recipe(data), tmp_path)
     changes = {
         "microbatch": 3, "on_nonfinite": "skip", "max_skipped": 5, "log_nimg": 8, "snapshot_nimg": 32, "grid_nimg": 0,
-        "evaluation": Evaluation(), "second_sigma": 0.5, "published": "x",
+        "evaluation": Evaluation(), "second_sigma": 0.5, "published": "x", "snapshot_keep": 9, "snapshot_averages": True,
     }  # fmt: skip
     assert changes.keys() | {"compile"} == ALTERABLE
     go(recipe(data, **changes), tmp_path, resume=True)

@@ -5,12 +5,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from diffusers import EDMDPMSolverMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewstep import ode
 from fewstep.ode import Euler, check_sigmas, karras_sigmas
-from fewstep.samplers import SECOND_SIGMA, FewStep, Heun, Sampler, few_step
+from fewstep.samplers import SECOND_SIGMA, DPMSolver, FewStep, Heun, Sampler, few_step
 from fewstep.types import FewstepError, like
 
 sigma_lists = st.lists(st.floats(0.01, 80), min_size=1, max_size=6, unique=True).map(
@@ -163,7 +164,11 @@ def test_nfe_is_the_number_of_network_evaluations(steps):
         return network(x, t, label)
 
     noise = lambda k: torch.ones(2, 1)  # noqa: E731
-    for sampler, nfe in ((Heun.karras(steps), 2 * steps - 1), (few_step(steps), steps)):
+    for sampler, nfe in (
+        (Heun.karras(steps), 2 * steps - 1),
+        (DPMSolver.karras(steps), steps),
+        (few_step(steps), steps),
+    ):
         count.clear()
         sampler(counting, noise)
         assert isinstance(sampler, Sampler)
@@ -174,14 +179,69 @@ def test_nfe_is_the_number_of_network_evaluations(steps):
 
 
 def test_heuns_levels_are_edms_grid_downwards():
+    assert DPMSolver.karras(18).sigmas == Heun.karras(18).sigmas
     assert Heun.karras(18).sigmas == pytest.approx(karras_sigmas(18).flip(0).tolist())
     assert Heun.karras(18).sigmas[:4] == pytest.approx((80.0, 57.586, 40.786, 28.375), abs=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------- DPM-Solver++(2M)
+
+
+def test_dpm_converges_to_the_exact_standard_deviation_at_second_order():
+    s = 0.5
+    exact = 80 * s / math.sqrt(s**2 + 80**2)
+    errors = [abs(std(DPMSolver.karras(n), denoiser(s)) - exact) / exact for n in (18, 36, 72, 144)]
+    for coarse, fine in pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(2, abs=0.3)
+    assert errors[0] < abs(std(Heun.karras(9), denoiser(s)) - exact) / exact / 4  # at 18 evaluations and 17
+
+
+def test_dpm_is_exact_where_the_denoiser_is_constant_and_extrapolates_it_in_the_logarithm_elsewhere():
+    asked = []
+
+    def constant(x, t, label=None):
+        asked.append(x.item())
+        return torch.full_like(x, 0.25)
+
+    noise = lambda k: torch.ones(1, 1, dtype=torch.float64)  # noqa: E731
+    assert DPMSolver((8.0, 2.0, 1.0))(constant, noise).item() == 0.25
+    assert asked == [0.25 + t * 7.75 / 8 for t in (8.0, 2.0, 1.0)]
+
+    asked.clear()
+    linear = lambda x, t, label=None: asked.append(x.item()) or t.log()[:, None] + 0 * x  # noqa: E731
+    DPMSolver((8.0, 2.0, 1.0))(linear, noise)  # D(2) + half of h = ln 2 at slope 1 is the step's middle, ln 2 / 2
+    first = math.log(8) + (8 - math.log(8)) / 4
+    assert asked == pytest.approx([8, first, math.log(2) / 2 + (first - math.log(2) / 2) / 2])
+
+
+@pytest.mark.parametrize("steps", [2, 3, 10, 20])
+def test_dpm_equals_diffusers_on_a_mixture_of_gaussians(steps):
+    means = torch.tensor([[0.6, -0.2, 0.1], [-0.5, 0.4, 0.3], [0.1, 0.1, -0.7]], dtype=torch.float64)
+
+    def mixture(x, t, label=None):
+        variance = 0.2**2 + like(t, x) ** 2
+        nearness = torch.softmax(-((x[:, None] - means).square().sum(-1) / (2 * variance)), 1)
+        return 0.04 / variance * x + (1 - 0.04 / variance) * nearness @ means
+
+    noise = torch.randn(16, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    theirs = EDMDPMSolverMultistepScheduler(
+        sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, sigma_schedule="karras", algorithm_type="dpmsolver++",
+        solver_order=2, solver_type="midpoint", final_sigmas_type="zero",
+    )  # fmt: skip
+    theirs.set_timesteps(steps)
+    x = 80 * noise
+    for t, sigma in zip(theirs.timesteps, theirs.sigmas.double(), strict=False):
+        denoised = mixture(x, sigma.expand(16))
+        raw = (denoised - 0.25 / (0.25 + sigma**2) * x) * (0.25 + sigma**2).sqrt() / (0.5 * sigma)  # the F of this D
+        x = theirs.step(raw, t, x).prev_sample
+    ours = DPMSolver.karras(steps)(mixture, lambda k: noise)
+    torch.testing.assert_close(ours, x, rtol=0, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------- laws of both kinds
 
 
-@pytest.mark.parametrize("sampler", [few_step(1), few_step(3), Heun.karras(6)])
+@pytest.mark.parametrize("sampler", [few_step(1), few_step(3), Heun.karras(6), DPMSolver.karras(6)])
 def test_a_sample_does_not_depend_on_its_batch(sampler):
     noise = [torch.randn(8, 3, generator=torch.Generator().manual_seed(k)) for k in range(3)]
     network = denoiser(0.5)
@@ -191,7 +251,7 @@ def test_a_sample_does_not_depend_on_its_batch(sampler):
 
 
 @pytest.mark.parametrize("sigmas", [(), (0.5, 80.0), (80.0, 80.0), (80.0, 0.0), (80.0, -1.0)])
-@pytest.mark.parametrize("kind", [FewStep, Heun, check_sigmas])
+@pytest.mark.parametrize("kind", [FewStep, Heun, DPMSolver, check_sigmas])
 def test_levels_that_are_not_positive_and_decreasing_are_refused(kind, sigmas):
     with pytest.raises(FewstepError):
         kind(sigmas)
@@ -201,5 +261,6 @@ def test_levels_that_are_not_positive_and_decreasing_are_refused(kind, sigmas):
 def test_few_steps_that_make_no_sampler_are_refused(arguments):
     with pytest.raises(FewstepError):
         few_step(*arguments)
-    with pytest.raises(FewstepError):
-        Heun.karras(min(arguments[0], 0))
+    for kind in (Heun, DPMSolver):
+        with pytest.raises(FewstepError):
+            kind.karras(min(arguments[0], 0))

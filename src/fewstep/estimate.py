@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fewstep import codec
 from fewstep.networks import Architecture
 from fewstep.recipe import Recipe
+from fewstep.snapshots import estimate_bytes
 
 # Forward passes that one image costs, a backward pass counted as two: forward + backward, and the target's forward.
 PASSES = {"diffusion": 3, "consistency": 4}
@@ -26,8 +27,7 @@ def estimate(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
     """JSON-able: the resolved recipe, its parameter count, bytes of memory (without activations) and disk, its cost."""
     parameters = sum(p.numel() for p in architecture.skeleton().parameters())
     copies = 4 + len(recipe.averages) + bool(recipe.target_decay)  # weights, gradient, two moments
-    snapshots = recipe.total_nimg // recipe.snapshot_nimg if recipe.snapshot_nimg else 1
-    files = max(snapshots, 1) + len(recipe.averages) + 1 + copies - 1  # snapshots, averages, best, training state
+    snapshots = min(recipe.snapshots, recipe.snapshot_keep or recipe.snapshots)
     flops = forward_flops(architecture)
     return {
         "recipe": codec.encode(recipe),
@@ -35,8 +35,9 @@ def estimate(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
         "num_classes": architecture.num_classes,
         "parameters": parameters,
         "memory_bytes": 4 * parameters * copies,
-        "disk_bytes": 4 * parameters * files,
+        "disk_bytes": recipe.disk_bytes(parameters),
         "snapshots": snapshots,
+        "bank_bytes": estimate_bytes(snapshots, parameters, "bf16"),
         "images": recipe.total_nimg,
         "steps": -(-recipe.total_nimg // recipe.batch_size),
         "flops_per_image": flops * PASSES[recipe.kind],
@@ -48,14 +49,17 @@ def estimate(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
 def summary(cost: dict[str, Any]) -> str:
     """The estimate in a few lines for a person."""
     shape = "x".join(map(str, cost["shape"]))
+    averages = "as many of each average, " * cost["recipe"]["snapshot_averages"] + "the averages"
     classes = f", {cost['num_classes']} classes" if cost["num_classes"] else ""
     lines = [
         f"{cost['recipe']['name']} on {shape} images{classes}: {cost['parameters'] / 1e6:.1f}M parameters",
         f"cost    {cost['images']:,} images in {cost['steps']:,} steps, {cost['flops_per_image'] / 1e9:.3g} GFLOPs an image, "
         f"{cost['flops']:.2g} FLOPs in all",
         f"memory  {size(cost['memory_bytes'])} for weights, gradient, optimizer and averages, plus activations",
-        f"disk    {size(cost['disk_bytes'])} for {cost['snapshots']:,} snapshots, the averages and the training state",
+        f"disk    {size(cost['disk_bytes'])} at most, for {cost['snapshots']:,} snapshots, {averages} and the training state",
     ]
+    if cost["snapshots"] > 1:
+        lines.append(f"bank    {size(cost['bank_bytes'])} more for a search over these snapshots, in bf16")
     if cost["published"]:
         lines.append(f"paper   {cost['published']}")
     return "\n".join(lines)

@@ -11,11 +11,12 @@ from torch import Tensor
 from fewstep import codec
 from fewstep.files import read_json
 from fewstep.networks import Architecture, Preconditioned
-from fewstep.samplers import SECOND_SIGMA, Heun, Sampler, few_step
+from fewstep.samplers import SECOND_SIGMA, DPMSolver, Heun, Sampler, few_step
 from fewstep.snapshots import format as snapshot
 from fewstep.types import FewstepError
 
 Kind = Literal["diffusion", "consistency"]
+SOLVERS: dict[str, type[Heun] | type[DPMSolver]] = {"heun": Heun, "dpm": DPMSolver}
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class ModelInfo:
 
     architecture: Architecture
     kind: Kind
-    """diffusion: sample with many Heun steps; consistency: with one or a few"""
+    """diffusion: sample with many steps of an ODE solver; consistency: with one or a few"""
     weights: str = "online"
     """online, or the name of an average such as ema-0.9999"""
     nimg: int = 0
@@ -43,11 +44,17 @@ class ModelInfo:
     best: dict[str, Any] = field(default_factory=dict)
     """the stamped record that made these weights a run's best, if they are"""
 
-    def sampler(self, steps: int) -> Sampler:
-        """The model's own way of sampling in `steps` steps."""
+    def sampler(self, steps: int, solver: str | None = None) -> Sampler:
+        """The model's own way of sampling in `steps` steps; a diffusion model's solver may be chosen: heun (its own), dpm."""
         if steps < 1:
             raise FewstepError(f"--steps must be 1 or more, got {steps}")
-        return Heun.karras(steps) if self.kind == "diffusion" else few_step(steps, self.second_sigma)
+        if solver and self.kind != "diffusion":
+            raise FewstepError("--solver is for diffusion models: a consistency model jumps to the image; leave it out")
+        if solver and solver not in SOLVERS:
+            raise FewstepError(f"unknown solver {solver!r}: use {' or '.join(SOLVERS)}")
+        if self.kind == "diffusion":
+            return SOLVERS[solver or "heun"].karras(steps)
+        return few_step(steps, self.second_sigma)
 
     def label(self, name: str | int | None) -> int | None:
         """The number of a class given by number or name; FewstepError when the model has no such class."""
@@ -101,7 +108,7 @@ def read_info(header: Mapping[str, Any], path: Path) -> ModelInfo:
 
 def load(path: str | Path, device: torch.device | str = "cpu", trainable: bool = False) -> Model:
     """The model of a run directory (RUN: its best, else its first average, else the last weights; RUN:ema-0.999 or
-    RUN:online by name) or of a snapshot file, ready to sample; trainable: in training mode, with gradients.
+    RUN:online by name), of a search's folder, or of a snapshot file; trainable: in training mode, with gradients.
 
     FewstepError for anything unreadable.
     """
@@ -144,7 +151,9 @@ def find(path: str | Path) -> Path:
     if name == "online" and snapshots:
         return snapshots[-1]
     candidates = (
-        [averages / f"{name}.safetensors"] if name else [averages / "best.safetensors", *named, *snapshots[-1:]]
+        [averages / f"{name}.safetensors"]
+        if name
+        else [folder / "combined.safetensors", averages / "best.safetensors", *named, *snapshots[-1:]]
     )
     for candidate in candidates:
         if candidate.exists():

@@ -102,7 +102,11 @@ class Recipe:
     log_nimg: int = 12_800
     """images between two lines of log.jsonl"""
     snapshot_nimg: int = 1_280_000
-    """images between two weights-only snapshots (kept all) and training states (the newest kept); 0: only at the end"""
+    """images between two weights-only snapshots and training states (the newest kept); 0: only at the end"""
+    snapshot_keep: int = 0
+    """weights-only snapshots kept, the newest; 0: all: the window of a later search"""
+    snapshot_averages: bool = False
+    """keep every average's snapshots too, for EDM2's post-hoc reconstruction (arXiv:2312.02696, sec. 3.2)"""
     grid_nimg: int = 1_280_000
     """images between two sample grids; 0: only at the end"""
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -113,7 +117,7 @@ class Recipe:
         for name in ("total_nimg", "batch_size", "log_nimg"):
             if getattr(self, name) < 1:
                 raise FewstepError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}")
-        for name in ("snapshot_nimg", "grid_nimg", "seed", "max_skipped"):
+        for name in ("snapshot_nimg", "snapshot_keep", "grid_nimg", "seed", "max_skipped"):
             if getattr(self, name) < 0:
                 raise FewstepError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(self, name)}")
         if self.sigma_data <= 0 or self.sigma_min < 0 or not 0 < self.second_sigma < SIGMA_MAX:
@@ -132,6 +136,24 @@ class Recipe:
             raise FewstepError(f"--microbatch must be 1 or more, got {self.microbatch}")
         if len({law.name for law in self.averages}) < len(self.averages):
             raise FewstepError("two averages have the same name: give each --averages.N another decay or std")
+        if self.snapshot_averages and not self.averages:
+            raise FewstepError("--snapshot-averages needs averages, e.g. --averages power-0.05 power-0.1")
+
+    @property
+    def snapshots(self) -> int:
+        """How many snapshots the run makes: where a step passes a multiple of snapshot_nimg, and at the end."""
+        steps = -(-self.total_nimg // self.batch_size)
+        passed = (steps - 1) * self.batch_size // self.snapshot_nimg if self.snapshot_nimg else 0
+        return min(passed, steps - 1) + 1
+
+    def disk_bytes(self, parameters: int) -> int:
+        """Bytes of the weights of a run's files at their most: when a state is written beside the one that it replaces,
+        and a snapshot before the oldest makes room for it."""
+        snapshots = min(self.snapshots, self.snapshot_keep + 1) if self.snapshot_keep else self.snapshots
+        averages = len(self.averages)
+        files = snapshots * (1 + averages * self.snapshot_averages) + averages + (self.evaluation.every_nimg > 0)
+        state = 3 + averages + bool(self.target_decay)  # weights, two moments
+        return 4 * parameters * (files + 2 * state)
 
 
 def with_sigma_data(recipe: Recipe, sigma_data: float) -> Recipe:

@@ -55,7 +55,8 @@ def train(
     judge = Judge.of(recipe, images, place) if recipe.evaluation.every_nimg and distributed.rank() == 0 else None
     run = RunDir(out)  # nothing there is touched before all of the above has worked
     try:
-        distributed.on_first_rank(lambda: run.claim(str(place), recipe, resume, overwrite))
+        needed = recipe.disk_bytes(sum(p.numel() for p in state.model.parameters()))
+        distributed.on_first_rank(lambda: run.claim(str(place), recipe, resume, overwrite, needed))
         seconds, origin = 0.0, init.sha256 if init else ""
         if resume:
             seconds, began_from = run.load_state(state, images.fingerprint)
@@ -65,6 +66,7 @@ def train(
         if distributed.rank() == 0:  # from here on, a run killed at any moment can be resumed
             if resume:
                 run.forget_after(state.nimg)
+                run.thin(recipe.snapshot_keep)
             else:
                 run.save_state(state, seconds, origin, images.fingerprint)
         if recipe.compile:
@@ -175,8 +177,9 @@ class Keeper:
         if saving or self.due(self.recipe.log_nimg):  # the sums of a row are not in the state
             self.log()
         if self.main and saving:
-            info = replace(self.info, nimg=step.nimg)
-            save_model(self.run.snapshot_file(step.nimg), self.state.weights("online"), info)
+            for name in ("online", *(self.state.averages if self.recipe.snapshot_averages else ())):
+                info = replace(self.info, nimg=step.nimg, weights=name)
+                save_model(self.run.snapshot_file(step.nimg, name), self.state.weights(name), info)
         if self.main and self.due(self.recipe.grid_nimg):
             self.draw_grid()
         if self.judge and self.due(self.recipe.evaluation.every_nimg):
@@ -192,6 +195,7 @@ class Keeper:
                 save_model(self.run.average_file(name), self.state.weights(name), info)
             seconds = time.monotonic() - self.clock
             self.run.save_state(self.state, seconds, self.info.initialised_from, self.info.data_fingerprint)
+            self.run.thin(self.recipe.snapshot_keep)
         distributed.barrier()
 
     def log(self) -> None:

@@ -22,9 +22,11 @@ except ImportError:  # Windows: no lock there
 
 # What a resumed run may change: nothing here touches the weights it will reach.
 ALTERABLE = {
-    "microbatch", "compile", "on_nonfinite", "max_skipped", "log_nimg", "snapshot_nimg", "grid_nimg", "evaluation",
-    "second_sigma", "published",
+    "microbatch", "compile", "on_nonfinite", "max_skipped", "log_nimg", "snapshot_nimg", "snapshot_keep",
+    "snapshot_averages", "grid_nimg", "evaluation", "second_sigma", "published",
 }  # fmt: skip
+HISTORY = f"averages/*/{'[0-9]' * 12}.safetensors"  # snapshots of the averages
+WEIGHTS = ("snapshots/*.safetensors", "averages/*.safetensors", HISTORY)
 
 
 class RunDir:
@@ -40,8 +42,9 @@ class RunDir:
         self.state_file = self.path / "state.safetensors"
         self.lock: IO[str] | None = None
 
-    def snapshot_file(self, nimg: int) -> Path:
-        return self.path / "snapshots" / f"{nimg:012d}.safetensors"
+    def snapshot_file(self, nimg: int, weights: str = "online") -> Path:
+        folder = "snapshots" if weights == "online" else f"averages/{weights}"
+        return self.path / folder / f"{nimg:012d}.safetensors"
 
     def average_file(self, name: str) -> Path:
         return self.path / "averages" / f"{name}.safetensors"
@@ -64,8 +67,11 @@ class RunDir:
         """The rows of metrics.jsonl: {"nimg", "weights", "record"}."""
         return read_jsonl(self.metrics_file)
 
-    def claim(self, device: str, recipe: Recipe, resume: bool, overwrite: bool) -> Recipe:
-        """Own the directory: begin a new run, or continue the one that is there. Never by guess."""
+    def claim(self, device: str, recipe: Recipe, resume: bool, overwrite: bool, needed: int = 0) -> Recipe:
+        """Own the directory: begin a new run, or continue the one that is there. Never by guess.
+
+        needed: bytes that the run's weights will take; a disk too small for them is refused before anything is changed.
+        """
         leftover = [self.path / ".lock", *self.leftovers()]  # of a process that saved nothing
         if not self.state_file.exists() and self.is_ours():
             leftover += [self.recipe_file, self.environment_file]
@@ -82,6 +88,7 @@ class RunDir:
             raise FewstepError(f"{self.recipe_file} is not a fewstep run's: choose another --out")
         self.path.mkdir(parents=True, exist_ok=True)
         self.take_lock()
+        self.check_space(needed, recipe)
         if resume:
             recipe = self.reconcile(recipe)
         elif occupied:
@@ -113,6 +120,18 @@ class RunDir:
                 f"{self.path} is in use by another process: wait for it, or choose another --out"
             ) from None
 
+    def check_space(self, needed: int, recipe: Recipe) -> None:
+        """FewstepError when the run's weights will not fit on the disk, the room of those that are there included."""
+        disk = shutil.disk_usage(self.path)
+        own = [self.state_file, *(file for pattern in WEIGHTS for file in self.path.glob(pattern))]
+        room = disk.free + sum(file.stat().st_size for file in own if file.exists())
+        if disk.total and needed > room:  # some network file systems know no sizes: all are 0 there
+            raise FewstepError(
+                f"the run needs up to {needed / 1e9:,.2f} GB but {self.path} has room for {room / 1e9:,.2f} GB: give a larger "
+                f"--snapshot-nimg ({recipe.snapshot_nimg} makes {recipe.snapshots} snapshots), keep the newest N only by "
+                f"--snapshot-keep N (now {recipe.snapshot_keep or 'all'}), or choose another --out"
+            )
+
     def release(self) -> None:
         """Give the directory free."""
         if self.lock:
@@ -121,21 +140,20 @@ class RunDir:
 
     def clear(self) -> None:
         """Remove a run's own files (told so by --overwrite), and nothing else that lies there."""
-        for pattern in (
-            "snapshots/*.safetensors",
-            "averages/*.safetensors",
-            "samples/[0-9]*.png",
-            "tensorboard/events.*",
-        ):
+        histories = {file.parent for file in self.path.glob(HISTORY)}
+        for pattern in (*WEIGHTS, "samples/[0-9]*.png", "tensorboard/events.*"):
             for file in self.path.glob(pattern):
                 file.unlink()
+        for folder in histories:
+            with suppress(OSError):  # something else lies there
+                folder.rmdir()
         own = (self.log_file, self.metrics_file, self.problems_file, self.state_file)
         for file in (*own, self.path / "report.html", self.path / "resumes.jsonl"):
             file.unlink(missing_ok=True)
 
     def leftovers(self) -> list[Path]:
         """Folders with the half-written file of a process that was killed."""
-        return [*self.path.glob(f".*.*{PART}"), *self.path.glob(f"*/.*.*{PART}")]
+        return [file for depth in ("", "*/", "averages/*/") for file in self.path.glob(f"{depth}.*.*{PART}")]
 
     def reconcile(self, asked: Recipe) -> Recipe:
         """The recipe of a resumed run: the stored one with the harmless changes asked for; anything else is refused."""
@@ -197,8 +215,18 @@ class RunDir:
             if file.exists():
                 kept = [row for row in read_jsonl(file) if row["nimg"] <= nimg]
                 atomic_write(file, "".join(json.dumps(row) + "\n" for row in kept))
-        for folder in ("snapshots", "samples"):
-            for file in (self.path / folder).glob("*"):
+        for pattern in ("snapshots/*", "samples/*", HISTORY):
+            for file in self.path.glob(pattern):
                 with suppress(ValueError):
                     if int(file.stem) > nimg:
                         file.unlink()
+
+    def thin(self, keep: int) -> None:
+        """Delete all but the newest `keep` snapshots, of the weights and of each average; 0: keep all.
+
+        For when the training state is as new as they are: before, a resumed run would miss what it cannot make again.
+        """
+        folders = [self.path / "snapshots", *{file.parent for file in self.path.glob(HISTORY)}]
+        for folder in folders if keep else ():
+            for file in sorted(folder.glob(f"{'[0-9]' * 12}.safetensors"))[:-keep]:
+                file.unlink()

@@ -65,10 +65,8 @@ class Heun:
 
     @classmethod
     def karras(cls, steps: int) -> "Heun":
-        """On EDM's grid of `steps` noise levels from 80 to 0.002 (rho = 7)."""
-        if steps < 2:
-            return cls(tuple([SIGMA_MAX] * steps))
-        return cls(tuple(karras_sigmas(steps).flip(0).tolist()))
+        """On EDM's grid of `steps` noise levels."""
+        return cls(karras_levels(steps))
 
     @property
     def nfe(self) -> int:
@@ -81,6 +79,45 @@ class Heun:
         for t, r in pairwise(times):
             x = step(denoiser, x, t, r, label)
         return denoiser(x, times[-1], label)  # the Euler step to 0
+
+
+@dataclass(frozen=True)
+class DPMSolver:
+    """DPM-Solver++(2M) of diffusion models (arXiv:2211.01095, alg. 2) where alpha = 1, lambda = -ln sigma: N evaluations.
+
+    Each step goes straight to D, extrapolated in lambda from its last two values to the step's middle; the first step
+    has one value only, and the step to 0 ends at D itself.
+    """
+
+    sigmas: tuple[float, ...]
+    """EDM noise levels, decreasing; the last step goes to 0"""
+
+    def __post_init__(self) -> None:
+        check_sigmas(self.sigmas)
+
+    @classmethod
+    def karras(cls, steps: int) -> "DPMSolver":
+        """On EDM's grid of `steps` noise levels."""
+        return cls(karras_levels(steps))
+
+    @property
+    def nfe(self) -> int:
+        return len(self.sigmas)
+
+    def __call__(self, denoiser: Denoiser, noise: Noise, label: Labels = None, /) -> Sample:
+        x = self.sigmas[0] * noise(0)
+        before, gap = x, math.inf  # no slope yet
+        for t, r in pairwise(self.sigmas):
+            denoised, h = denoiser(x, x.new_full((len(x),), t), label), math.log(t / r)
+            ahead = denoised + h / (2 * gap) * (denoised - before)
+            x = ahead + r / t * (x - ahead)
+            before, gap = denoised, h
+        return denoiser(x, x.new_full((len(x),), self.sigmas[-1]), label)
+
+
+def karras_levels(steps: int) -> tuple[float, ...]:
+    """EDM's `steps` noise levels from 80 to 0.002 (rho = 7); a single one is 80."""
+    return tuple(karras_sigmas(steps).flip(0).tolist()) if steps > 1 else (SIGMA_MAX,) * steps
 
 
 def few_step(steps: int, second_sigma: float = SECOND_SIGMA) -> FewStep:
