@@ -21,6 +21,7 @@ from fewstep.files import atomic_write
 from fewstep.types import FewstepError
 
 FORMAT = "fewstep/1"
+REMEDY = "use another snapshot of the run"
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,21 @@ def write(path: Path, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> 
     """Store tensors with a JSON-able header, atomically; returns the weights' SHA-256."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     digest = weights_hash(plain)
-    text = json.dumps({**header, "weights_sha256": digest})
-    metadata = {FORMAT: f"{hashlib.sha256(text.encode()).hexdigest()} {text}"}
+    metadata = {FORMAT: stamped({**header, "weights_sha256": digest})}
     atomic_write(path, lambda sibling: save_file(plain, str(sibling), metadata=metadata))
     return digest
 
 
 def read_header(path: Path) -> dict[str, Any]:
     """What the file says it is, without its tensors. FewstepError for anything but an intact fewstep file."""
+    header = peek(path, FORMAT)
+    if header is None:
+        raise FewstepError(f"{path} is a safetensors file but not a fewstep snapshot: give one that fewstep saved")
+    return header
+
+
+def peek(path: Path, key: str, remedy: str = REMEDY) -> dict[str, Any] | None:
+    """The checked header under that key of a safetensors file's metadata; None if it has none (a foreign file)."""
     if not path.is_file():
         raise FewstepError(f"{path} does not exist: give a run directory or a .safetensors snapshot")
     refuse_pickle(path)
@@ -61,30 +69,37 @@ def read_header(path: Path) -> dict[str, Any]:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise FewstepError(f"{path} is truncated or damaged ({error}): use another snapshot of the run") from None
-    if FORMAT not in metadata:
-        raise FewstepError(f"{path} is a safetensors file but not a fewstep snapshot: give one that fewstep saved")
-    header_sha256, _, text = metadata[FORMAT].partition(" ")
+        raise FewstepError(f"{path} is truncated or damaged ({error}): {remedy}") from None
+    if key not in metadata:
+        return None
+    header_sha256, _, text = metadata[key].partition(" ")
     if hashlib.sha256(text.encode()).hexdigest() != header_sha256:
-        raise FewstepError(
-            f"{path} is damaged (its header does not match its checksum): use another snapshot of the run"
-        )
+        raise FewstepError(f"{path} is damaged (its header does not match its checksum): {remedy}")
     return json.loads(text)
+
+
+def stamped(header: Mapping[str, Any]) -> str:
+    """The header as it stands in the metadata: its SHA-256, a space, its JSON."""
+    text = json.dumps(header)
+    return f"{hashlib.sha256(text.encode()).hexdigest()} {text}"
+
+
+def mapped(path: Path, remedy: str = REMEDY) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, unchecked: private memory maps, read from the disk where they are used."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise FewstepError(f"{path} is truncated or damaged ({error}): {remedy}") from None
 
 
 def read(path: Path) -> Stored:
     """The whole file, checked against its checksums, on the CPU."""
     header = read_header(path)
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise FewstepError(f"{path} is truncated or damaged ({error}): use another snapshot of the run") from None
+    tensors = mapped(path)
     digest = weights_hash(tensors)
     if digest != header["weights_sha256"]:
-        raise FewstepError(
-            f"{path} is damaged (its weights do not match their checksum): use another snapshot of the run"
-        )
+        raise FewstepError(f"{path} is damaged (its weights do not match their checksum): {REMEDY}")
     return Stored(tensors, header, digest)
 
 
