@@ -162,6 +162,31 @@ def test_evaluate_prints_stamped_records_and_stores_the_sigma_it_found(call: Cal
     assert 0.05 < found < 9
 
 
+def test_a_diffusion_models_solver_can_be_chosen(call: Call, runs: Path, tmp_path: Path) -> None:
+    pictures = {}
+    for solver, name, nfe in ((None, "Heun", 7), ("heun", "Heun", 7), ("dpm", "DPMSolver", 4)):
+        choice = ("--solver", solver) if solver else ()
+        out = tmp_path / f"{solver}.png"
+        code, told, err = call("sample", runs / "edm", "--steps", 4, "--num", 4, "--out", out, *choice)
+        assert code == 0, err
+        assert (json.loads(told)["sampler"], json.loads(told)["nfe"]) == (name, nfe)
+        pictures[solver] = out.read_bytes()
+        measure = ("evaluate", runs / "edm", "--data", "digits", "--steps", 4, "--num", 50, "--seeds", 1)
+        record = json.loads(call(*measure, *choice)[1])[0]
+        assert (record["sampler"], record["nfe"]) == (name, nfe)
+    assert pictures[None] == pictures["heun"] != pictures["dpm"]
+
+
+def test_a_solver_that_cannot_be_is_refused(call: Call, runs: Path) -> None:
+    refused(call("sample", runs / "ect", "--solver", "dpm"), "--solver", "diffusion")
+    refused(call("evaluate", runs / "ect", "--data", "digits", "--solver", "heun"), "--solver", "diffusion")
+    assert call("sample", runs / "edm", "--solver", "rk45")[0] == 2
+    info = fewstep.load(runs / "edm").info
+    assert info.sampler(3, "") == info.sampler(3, None) == info.sampler(3, "heun") == info.sampler(3)
+    with pytest.raises(fewstep.FewstepError, match="use heun or dpm"):
+        info.sampler(3, "rk45")
+
+
 def test_report_is_written_beside_the_run(call: Call, runs: Path) -> None:
     code, out, err = call("report", runs / "edm", runs / "ect")
     assert code == 0, err

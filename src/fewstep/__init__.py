@@ -5,6 +5,7 @@ model = fewstep.load("runs/ect")                           # a run directory or 
 images = fewstep.sample(model, steps=2, num=64, seed=0)    # uint8 [64, C, H, W]
 losses = fewstep.loss(model, fewstep.get_recipe("ect").objective, x, labels)
 records = fewstep.evaluate(model, "digits", steps=1)       # stamped numbers
+result = fewstep.combine("runs/ect", "runs/lcsc", steps=1) # LCSC over the run's snapshots
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,17 +13,18 @@ from typing import TYPE_CHECKING, Any
 from fewstep._version import __version__
 
 if TYPE_CHECKING:
-    from fewstep.api import evaluate, get_recipe, loss, sample, train
+    from fewstep.api import average, combine, evaluate, get_recipe, loss, sample, train
     from fewstep.model import Model, load
     from fewstep.types import Denoiser, FewstepError
 
 __all__ = [
-    "Denoiser", "FewstepError", "Model", "__version__", "evaluate", "get_recipe", "load", "loss", "sample", "train",
+    "Denoiser", "FewstepError", "Model", "__version__", "average", "combine", "evaluate", "get_recipe", "load", "loss",
+    "sample", "train",
 ]  # fmt: skip
 
 _HOMES = {
     "Denoiser": "types", "FewstepError": "types", "Model": "model", "load": "model",
-    "evaluate": "api", "get_recipe": "api", "loss": "api",
+    "average": "api", "combine": "api", "evaluate": "api", "get_recipe": "api", "loss": "api",
     "sample": "api", "train": "api",
 }  # fmt: skip
 

@@ -1,26 +1,48 @@
 """The Python API: the verbs of the command line as typed functions."""
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from fewstep import distributed
+from fewstep.combination import Plan
+from fewstep.combination import combine as carry_out_combine
 from fewstep.data import DataSpec, open_images, to_uint8
-from fewstep.evaluation import Generator, reference_of
+from fewstep.environment import pick_device
+from fewstep.evaluation import Generator, reference_of, reference_to
 from fewstep.evaluation import evaluate as evaluate_stream
+from fewstep.files import read_json
+from fewstep.fitness import Fitness, Function, Metric, load_function
 from fewstep.metrics import Extractor, Record, Reference, load_extractor
-from fewstep.model import Model
+from fewstep.model import Model, load, read_info, save_model
 from fewstep.objectives import Networks, PairObjective
 from fewstep.progress import Progress
 from fewstep.recipes import recipe as get_recipe
 from fewstep.run import train
+from fewstep.rundir import RunDir
 from fewstep.samplers import Sampler
+from fewstep.snapshots import Bank, Storage, checkpoint_files, exact, profiles, read_checkpoint, write
+from fewstep.snapshots.sources import read_foreign_header
 from fewstep.types import FewstepError, Labels, Sample
 
-__all__ = ["evaluate", "generator", "get_recipe", "loss", "measure_against", "sample", "train"]
+__all__ = [
+    "Plan",
+    "average",
+    "combine",
+    "evaluate",
+    "generator",
+    "get_recipe",
+    "loss",
+    "measure_against",
+    "sample",
+    "train",
+]
 
 Which: TypeAlias = Literal["train", "heldout", "all"]
 
@@ -84,3 +106,145 @@ def measure_against(
         )
     features = load_extractor(extractor, str(model.device), weights)
     return features, reference_of(images, features, reference, data.heldout)
+
+
+def combine(
+    sources: str | Path | Sequence[str | Path], out: str | Path, plan: Plan | None = None, *, steps: int = 1,
+    metric: str | Function = "fd", data: str | DataSpec = "", extractor: str = "", share: float = 0.5,
+    solver: str | None = None, second_sigma: float | None = None, first_nimg: int = 0, last_nimg: int | None = None,
+    every: int = 1, storage: Storage = "bf16", like: str = "", weights: Path | None = None, batch: int = 500,
+    device: str = "auto", resume: bool = False, overwrite: bool = False, quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """LCSC: the best linear combination of a run's snapshots (or of any checkpoint files) for one way of sampling.
+
+    The real images are split by a hash of their names: a `share` of the training images is searched on, the rest are
+    reported on. data, extractor: the run's own if not given. like: a model whose network takes the weights, where the files
+    do not say. Writes OUT/bank.safetensors, result.json and combined.safetensors; returns what result.json holds.
+    """
+    given = [sources] if isinstance(sources, str | Path) else list(sources)
+    files = checkpoint_files(given, first_nimg, last_nimg, every)
+    run = Path(given[0]) if len(given) == 1 and (Path(given[0]) / "recipe.json").exists() else None
+    recipe = RunDir(run).recipe() if run else None
+    if not (resume or overwrite) and (Path(out) / "search.json").exists():
+        raise FewstepError(f"{out} holds a search: give --resume or --overwrite, or choose another --out")
+    place = distributed.start(pick_device(device))
+    model = load(like or files[-1], place) if like or read_foreign_header(files[-1]) else None
+    if model and second_sigma is not None:
+        model = replace(model, info=replace(model.info, second_sigma=second_sigma))
+    function = load_function(metric) if isinstance(metric, str) and ":" in metric else metric
+    fitness: Fitness
+    if isinstance(function, str):
+        if model is None:
+            raise FewstepError(
+                f"{files[-1]} does not say what network it is: give --like MODEL, or --metric FILE.py:FUNCTION"
+            )
+        spec = data or (recipe.data if recipe else "")
+        if not spec:
+            raise FewstepError("--data: checkpoint files do not say where the images are; give a source")
+        features = load_extractor(
+            extractor or (recipe.evaluation.extractor if recipe else "digits"), str(place), weights
+        )
+        searched, reported = halves(model, spec, features, share)
+        fitness = Metric(function, model.info.sampler(steps, solver), features, searched, batch)
+        heldout: Fitness = fitness.against(reported)
+    else:
+        fitness = heldout = function
+    path = Path(out) / "bank.safetensors"
+    distributed.on_first_rank(lambda: fresh_bank(files, path, storage, recipe.batch_size if recipe else 1, quiet))
+    bank = Bank.open(path).to(place)
+    return carry_out_combine(
+        bank, model, fitness, heldout, out, plan, run=str(run.resolve()) if run else "", resume=resume,
+        overwrite=overwrite, quiet=quiet,
+    )  # fmt: skip
+
+
+def halves(model: Model, data: str | DataSpec, extractor: Extractor, share: float) -> tuple[Reference, Reference]:
+    """The training images that a search sees, and those that it does not: by a hash of their names."""
+    if not 0 < share < 1:
+        raise FewstepError(f"--share must be between 0 and 1, got {share}")
+    held, shape = model.info.heldout, model.info.architecture.shape
+    spec = DataSpec(data, resolution=shape[-1], heldout=held) if isinstance(data, str) else data
+    images, limit = open_images(spec), held + (1 - held) * share
+    if images.shape != shape:
+        raise FewstepError(f"the images are {images.shape}, the model makes {shape}: give --data of the model's size")
+    searched = images.split("heldout", limit)
+    searched = searched.split("train", held) if held else searched
+    return (
+        reference_to(searched, extractor, f"{images.name}[search]"),
+        reference_to(images.split("train", limit), extractor, f"{images.name}[report]"),
+    )
+
+
+def fresh_bank(files: Sequence[Path], path: Path, storage: Storage, batch: int, quiet: bool) -> None:
+    """Make the bank of these files, unless it is there already and they are what it was built from."""
+    if path.exists():
+        bank = Bank.open(path)
+        if [source.path for source in bank.sources] == [str(f.absolute()) for f in files] and bank.storage == storage:
+            bank.verify()
+            return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Bank.build(files, path, storage, batch, quiet)
+
+
+def average(
+    sources: str | Path | Sequence[str | Path], profile: str = "", out: str | Path | None = None, *, first_nimg: int = 0,
+    last_nimg: int | None = None, every: int = 1, batch: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """An average of snapshots after training, or a search's result rebuilt bit for bit from its result.json.
+
+    profile: ema:DECAY (per optimizer step of `batch` images, the run's own), power:STD, uniform, last. Where all sources
+    are stored power-function averages, power:STD is EDM2's post-hoc reconstruction from them. out: default, in a run,
+    averages/PROFILE-snapshots.safetensors. Returns what was written and its coefficients.
+    """
+    given = [sources] if isinstance(sources, str | Path) else list(sources)
+    first = Path(given[0])
+    if len(given) == 1 and first.is_file() and first.suffix == ".json":
+        return rebuild(first, Path(out) if out else None)
+    files = checkpoint_files(given, first_nimg, last_nimg, every)
+    stored = [read_foreign_header(file).get("model", {}) for file in files]
+    nimg = [info.get("nimg", i) for i, info in enumerate(stored)]
+    run = first if len(given) == 1 and (first / "recipe.json").exists() else None
+    stds = [
+        float(info["weights"].removeprefix("power-")) for info in stored if info.get("weights", "").startswith("power-")
+    ]
+    if len(stds) == len(files) and profile.startswith("power"):
+        vector = profiles.post_hoc(list(zip(stds, nimg, strict=True)), float(re.split("[:-]", profile)[-1]), max(nimg))
+    else:
+        vector = profiles.profile(profile, nimg, batch or (RunDir(run).recipe().batch_size if run else 1))
+    name = f"{profile.replace(':', '-')}-snapshots"
+    if out is None and run is None:
+        raise FewstepError("--out: give the file to write, for these sources are no run directory")
+    path = Path(out) if out else run / "averages" / f"{name}.safetensors"  # type: ignore[operator]
+    hashes = [read_checkpoint(file).weights_sha256 for file in files]
+    digest = write_combination(path, files, hashes, vector.tolist(), name)
+    return {
+        "out": str(path), "profile": profile, "snapshots": len(files), "weights_sha256": digest,
+        "coefficients": vector.tolist(),
+    }  # fmt: skip
+
+
+def rebuild(result: Path, out: Path | None) -> dict[str, Any]:
+    """The weights of a result.json, from its snapshots; FewstepError where they are not those it names, or not the result."""
+    told = read_json(result)
+    if not {"snapshots", "coefficients", "weights_sha256"} <= told.keys():
+        raise FewstepError(f"{result} is not the result.json of a search")
+    if out is None:
+        raise FewstepError("--out: give the file to write the rebuilt weights to")
+    files = [Path(source["path"]) for source in told["snapshots"]]
+    hashes = [source["sha256"] for source in told["snapshots"]]
+    digest = write_combination(out, files, hashes, told["coefficients"], "lcsc")
+    if digest != told["weights_sha256"]:
+        raise FewstepError(f"{out} differs from the result of {result}: its coefficients were altered")
+    return {"out": str(out), "profile": "lcsc", "snapshots": len(files), "weights_sha256": digest}
+
+
+def write_combination(
+    path: Path, files: Sequence[Path], hashes: Sequence[str], coefficients: list[float], name: str
+) -> str:
+    """Combine the files themselves, in float64; a model's description is the last one's with this name."""
+    tensors = exact(files, hashes, torch.tensor(coefficients, dtype=torch.float64))
+    header = read_foreign_header(files[-1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not header:
+        return write(path, tensors, {"coefficients": coefficients})
+    return save_model(path, tensors, replace(read_info(header, files[-1]), weights=name, best={}))

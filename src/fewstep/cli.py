@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from fewstep._version import __version__
+from fewstep.combine_cli import average, combine
 
 if TYPE_CHECKING:
     pass
@@ -38,12 +39,13 @@ def demo(
 def sample(
     model: tyro.conf.Positional[str], *, steps: int = 1, num: int = 64, label: str | None = None, seed: int = 0,
     out: Path = Path("samples.png"), overwrite: bool = False, device: str = "auto", batch: int = 500,
+    solver: Literal["heun", "dpm"] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Generate images with a model.
 
     Args:
         model: A run directory (its best weights; RUN:ema-0.999 or RUN:online by name) or a snapshot file.
-        steps: Sampling steps: noise levels visited. A diffusion model spends 2 steps - 1 network evaluations (Heun).
+        steps: Sampling steps: noise levels visited.
         num: Number of images. Any number with --out DIR: they stream to the disk.
         label: Class, by number or name; none: drawn uniformly for each image.
         seed: Noise seed. Image i of a seed is the same at any --num and --batch.
@@ -51,6 +53,7 @@ def sample(
         overwrite: Write into a folder that already holds images.
         device: auto, cpu, cuda, cuda:1 or mps.
         batch: Images made at a time; affects memory only.
+        solver: Of diffusion models: heun (default; N steps are 2N-1 network evaluations) or dpm (DPM-Solver++ 2M; N).
     """
     from fewstep.api import generator
     from fewstep.console import ProgressLine
@@ -61,7 +64,7 @@ def sample(
     from fewstep.types import FewstepError
 
     loaded = load(model, pick_device(device))
-    sampler, number = loaded.info.sampler(steps), loaded.info.label(label)
+    sampler, number = loaded.info.sampler(steps, solver), loaded.info.label(label)
     if num < 1 or batch < 1:
         raise FewstepError(f"--num and --batch must be 1 or more, got {num} and {batch}")
     one_file = out.suffix.lower() == ".png"
@@ -99,6 +102,7 @@ def evaluate(
     model: tyro.conf.Positional[str], *, data: str, steps: str = "1,2", metrics: str = "fd", extractor: str = "digits",
     num: int = 5000, seeds: int = 3, reference: Literal["train", "heldout", "all"] = "train", heldout: float | None = None,
     search_sigma: bool = False, extractor_weights: Path | None = None, device: str = "auto", batch: int = 500,
+    solver: Literal["heun", "dpm"] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measure a model: stamped records with mean and spread over noise seeds.
 
@@ -116,6 +120,7 @@ def evaluate(
         extractor_weights: Local weights of the extractor, for machines without network.
         device: auto, cpu, cuda, cuda:1 or mps.
         batch: Images made at a time; affects memory only.
+        solver: Of diffusion models: heun (default; N steps are 2N-1 network evaluations) or dpm (DPM-Solver++ 2M; N).
     """
     from fewstep.api import generator, measure_against
     from fewstep.console import ProgressLine, say
@@ -130,6 +135,7 @@ def evaluate(
     if seeds < 1 or num < 2:
         raise FewstepError(f"--seeds must be 1 or more and --num 2 or more, got {seeds} and {num}")
     loaded = load(model, pick_device(device))
+    loaded.info.sampler(counts[0], solver)  # refuse before the work begins
     if search_sigma and loaded.info.kind != "consistency":
         raise FewstepError("--search-sigma is for consistency models: a diffusion model has no second step of its own")
     features, real = measure_against(loaded, data, extractor, reference, heldout, extractor_weights)
@@ -144,7 +150,7 @@ def evaluate(
     with ProgressLine("evaluate", num * seeds * len(counts)) as line:
         for count in counts:
             records += stream(
-                make, loaded.info.sampler(count), real, features, num, range(seeds), names, str(loaded.path),
+                make, loaded.info.sampler(count, solver), real, features, num, range(seeds), names, str(loaded.path),
                 loaded.sha256, line.advance,
             )  # fmt: skip
     say("\n".join(map(str, records)))
@@ -210,7 +216,8 @@ def train(args: Sequence[str]) -> dict[str, Any] | None:
 
 
 VERBS: dict[str, Callable[..., Any]] = {
-    "demo": demo, "train": train, "sample": sample, "evaluate": evaluate, "report": report, "doctor": doctor,
+    "demo": demo, "train": train, "combine": combine, "average": average, "sample": sample, "evaluate": evaluate,
+    "report": report, "doctor": doctor,
 }  # fmt: skip
 
 

@@ -31,13 +31,13 @@ class Generator:
 
     @torch.inference_mode()
     def __call__(
-        self, sampler: Sampler, num: int, seed: int = 0, label: int | Sequence[int] | None = None
+        self, sampler: Sampler, num: int, seed: int = 0, label: int | Sequence[int] | None = None, first: int = 0
     ) -> Iterator[Sample]:
-        """Batches of samples [n, *shape] in [-1, 1] until there are `num`; labels are uniform unless given."""
+        """Batches of the samples [n, *shape] in [-1, 1] numbered from `first` to `num`; labels are uniform unless given."""
         if num < 1:
             raise FewstepError(f"--num must be 1 or more, got {num}")
         stream = NoiseStream(seed)
-        for start in range(0, num, self.batch):
+        for start in range(first, num, self.batch):
             indices = range(start, min(start + self.batch, num))
 
             def noise(draw: int, indices: range = indices) -> Tensor:
@@ -59,9 +59,13 @@ def reference_of(
     images: Images, extractor: Extractor, which: Literal["train", "heldout", "all"], heldout: float, batch: int = 500
 ) -> Reference:
     """The features of a split of the data; its name says which, e.g. digits[train]."""
-    part = images.split(which, heldout)
-    cuts = (part.pixels(range(i, min(i + batch, len(part)))) for i in range(0, len(part), batch))
-    return Reference.of(extractor, cuts, f"{part.name}[{which}]")
+    return reference_to(images.split(which, heldout), extractor, f"{images.name}[{which}]", batch)
+
+
+def reference_to(images: Images, extractor: Extractor, name: str, batch: int = 500) -> Reference:
+    """The features of these images, under a name that says which they are."""
+    cuts = (images.pixels(range(i, min(i + batch, len(images)))) for i in range(0, len(images), batch))
+    return Reference.of(extractor, cuts, name)
 
 
 def evaluate(

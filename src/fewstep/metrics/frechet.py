@@ -8,8 +8,10 @@ It is biased upwards in small samples, and differently at every n: compare at on
 import math
 
 import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
 
-from fewstep.metrics.statistics import Moments
+from fewstep.metrics.statistics import Moments, doubles
 
 
 class FrechetReference:
@@ -34,6 +36,23 @@ class FrechetReference:
         cross = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum()
         shift = (self.moments.mean - other.mean).square().sum()
         return max(float(shift + self.moments.cov.trace() + other.cov.trace() - 2 * cross), 0.0)
+
+    def slope(self, features: Float[Tensor, "n d"]) -> tuple[float, Float64[Tensor, "n d"]]:
+        """d^2 to these features and its derivative by each: with C = C2, R = C1^(1/2),
+
+        d d^2 / d mu2 = 2 (mu2 - mu1),    d d^2 / d C = 1 - R (R C R)^(-1/2) R    (0 in place of the inverse of a 0).
+        """
+        x = doubles(features)
+        mean, n = x.mean(0), len(x)
+        centred, root = x - mean, self._root.to(x.device)
+        values, vectors = torch.linalg.eigh(root @ (centred.T @ centred / (n - 1)) @ root)
+        roots = values.clamp(min=0).sqrt()
+        inverse = torch.where(roots > 1e-7 * roots.max(), 1 / roots, 0)
+        half = root @ vectors
+        by_cov = torch.eye(len(mean), dtype=x.dtype, device=x.device) - (half * inverse) @ half.T
+        shift = mean - self.moments.mean.to(x.device)
+        distance = shift.square().sum() + self.moments.cov.trace() + centred.square().sum() / (n - 1) - 2 * roots.sum()
+        return float(distance), 2 * shift / n + centred @ by_cov * (2 / (n - 1))
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:

@@ -2,7 +2,7 @@
 
 import math
 
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from fewstep.metrics.statistics import doubles
@@ -33,3 +33,12 @@ def kernel_distance(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], block: int
         return total(a, a) - float((a.square().sum(1) / d + 1).pow(3).sum())
 
     return distinct(x) / (n * (n - 1)) + distinct(y) / (m * (m - 1)) - 2 * total(x, y) / (n * m)
+
+
+def kernel_slope(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> tuple[float, Float64[Tensor, "m d"]]:
+    """kernel_distance(x, y) and its derivative by each y: d k(x, y) / d y = 3 (x.y / d + 1)^2 x / d."""
+    x, y = doubles(x), doubles(y)
+    n, m, d = len(x), len(y), x.shape[1]
+    among = (y @ y.T / d + 1).square().fill_diagonal_(0)
+    own = among @ y / (m * (m - 1)) - (y @ x.T / d + 1).square() @ x / (n * m)
+    return kernel_distance(x, y), own * (6 / d)

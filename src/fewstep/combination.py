@@ -1,0 +1,439 @@
+"""LCSC: search the coefficients of a run's checkpoints (arXiv:2404.02241), with held-out scoring built in.
+
+Three kinds of noise never meet: candidates are searched on one seed, the best few re-ranked on another with more
+samples, and what is reported is measured on seeds 0, 1, 2, ... against real images that the search did not see, beside
+the last snapshot, the uniform average and the best EMAs, all chosen with at least as much care.
+"""
+
+import math
+import signal
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fewstep import codec, distributed
+from fewstep._version import __version__
+from fewstep.console import ProgressLine
+from fewstep.data import to_uint8
+from fewstep.environment import environment
+from fewstep.evaluation import Generator, evaluate
+from fewstep.files import append_jsonl, read_json, read_jsonl, write_json
+from fewstep.fitness import MEASURE, Fitness, Metric
+from fewstep.interrupts import Interrupted
+from fewstep.metrics import Record
+from fewstep.model import Model, save_model
+from fewstep.pictures import grid, save
+from fewstep.rundir import RunDir
+from fewstep.scoring import ROWS, Gate, Scorer, Wearer
+from fewstep.snapshots import Bank, weights_hash, write
+from fewstep.snapshots.search import DETERMINISTIC, Search, Space, Vector, searches
+from fewstep.snapshots.span import Span
+from fewstep.types import FewstepError
+
+SEARCH_NOISE, RERANK_NOISE = 30_000, 40_000  # no report quotes these, nor those of fewstep.evaluation
+GRID_NOISE = 777  # as in training runs
+LABELS = {"last": "last snapshot", "uniform": "uniform average", "ema": "best EMA", "power": "best power EMA"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How to search, and how much to spend on it."""
+
+    search: str = "span"
+    """span (ours), evolution (the paper's), cmaes, random, soup, ema, power"""
+    budget: int = 60
+    """candidates that each search, the baselines' too, may evaluate"""
+    minutes: float | None = None
+    """stop searching after so long; what is found by then is re-ranked and reported"""
+    search_seeds: int = 1
+    """search so many times with other seeds, and tell how far the results differ"""
+    num: int = 2000
+    """images for each candidate"""
+    rerank: int = 5
+    """the best few of each search that meet fresh noise"""
+    rerank_num: int = 4000
+    """images for each of those"""
+    report_num: int = 5000
+    """images per noise seed of the reported numbers"""
+    seeds: int = 3
+    """noise seeds of the report: 0, 1, 2, ..."""
+    second: tuple[str, ...] = ("kid", "prdc")
+    """metrics that are reported and were not searched"""
+    baselines: tuple[str, ...] = ("ema", "power", "random")
+    """searches to compare with, at the same budget; the last snapshot and the uniform average are always there"""
+
+    def __post_init__(self) -> None:
+        unknown = {self.search, *self.baselines} - set(searches())
+        if unknown:
+            raise FewstepError(f"unknown search {', '.join(sorted(unknown))}: choose from {', '.join(searches())}")
+        counts = (self.search_seeds, self.num - 1, self.rerank, self.rerank_num - 1, self.report_num - 1, self.seeds)
+        if min(counts) < 1 or (self.minutes is not None and self.minutes <= 0):
+            raise FewstepError("a search needs seeds and --rerank of 1 or more, images of 2 or more, --minutes above 0")
+        if set(self.second) - {"fd", "kid", "prdc"}:
+            raise FewstepError("--second metrics: choose from fd, kid, prdc")
+
+
+@dataclass
+class Found:
+    """What one search brought."""
+
+    name: str
+    tried: dict[bytes, tuple[float, Vector]] = field(default_factory=dict)
+    trace: list[tuple[int, float]] = field(default_factory=list)
+    evaluations: int = 0
+    dropped: int = 0
+    failed: int = 0
+    choice: "Choice | None" = None
+
+    @property
+    def best(self) -> float:
+        return min((cost for cost, _ in self.tried.values()), default=math.inf)
+
+    def top(self, n: int) -> list[tuple[float, Vector]]:
+        """The n best that were measured in full, best first."""
+        return sorted(self.tried.values(), key=lambda pair: pair[0])[:n]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One coefficient vector of the final comparison; costs on search and re-ranking noise."""
+
+    label: str
+    origin: str
+    coefficients: Vector
+    search: float
+    rerank: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "label": self.label, "from": self.origin, "coefficients": self.coefficients.tolist(),
+            "search": number(self.search), "rerank": number(self.rerank),
+        }  # fmt: skip
+
+
+def combine(
+    bank: Bank, model: Model | None, fitness: Fitness, heldout: Fitness, out: str | Path, plan: Plan | None = None, *,
+    run: str = "", resume: bool = False, overwrite: bool = False, quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Search, re-rank, measure; writes OUT/combined.safetensors and returns what OUT/result.json holds.
+
+    fitness: what is minimised; heldout: the same against other real images, for the report. model: the network that wears
+    the weights (None: they go to a user's function as tensors). resume: go on where a killed search stopped, with the same
+    result. FewstepError for bad input, altered snapshots, a full disk; Interrupted on Ctrl-C: nothing is lost.
+    """
+    task = Combination(bank, model, fitness, heldout, Path(out), plan or Plan(), run, quiet)
+    directory = RunDir(out)
+    try:
+        distributed.on_first_rank(lambda: task.claim(directory, resume, overwrite))
+        return task.carry_out()
+    except KeyboardInterrupt:
+        raise Interrupted(signal.SIGINT, f"every score is kept; continue with --resume --out {out}") from None
+    finally:
+        directory.release()
+
+
+@dataclass
+class Combination:
+    """One search of LCSC in its folder."""
+
+    bank: Bank
+    model: Model | None
+    fitness: Fitness
+    heldout: Fitness
+    out: Path
+    plan: Plan
+    run: str
+    quiet: bool
+
+    def __post_init__(self) -> None:
+        self.main, self.file = distributed.rank() == 0, self.out / "evaluations.jsonl"
+        self.wearer = Wearer(self.bank, self.model)
+        self.space = Space(self.bank.nimg, self.bank.batch, self.bank.gram().numpy())
+
+    def claim(self, directory: RunDir, resume: bool, overwrite: bool) -> None:
+        """Own the folder: begin, or continue the same search. Never by guess."""
+        file = self.out / "search.json"
+        if (self.file.exists() or file.exists()) and not (resume or overwrite):
+            raise FewstepError(f"{self.out} holds a search: give --resume or --overwrite, or choose another --out")
+        if resume and not file.exists():
+            raise FewstepError(f"{self.out} holds no search to resume: leave out --resume to start one there")
+        self.out.mkdir(parents=True, exist_ok=True)
+        directory.take_lock()
+        if resume and read_json(file) != self.identity():
+            raise FewstepError(
+                f"{self.out} was begun with other snapshots, data, metric or options: repeat them, or choose another --out"
+            )
+        if not resume:
+            for name in ("evaluations.jsonl", "result.json", "combined.safetensors", "report.html", "best.png"):
+                (self.out / name).unlink(missing_ok=True)
+            write_json(file, self.identity())
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed search must share with the one that was begun; time limits may change."""
+        judges = [
+            [j.sampler.sigmas, type(j.sampler).__name__, j.extractor.sha256, j.reference.sha256]
+            for j in (self.fitness, self.heldout)
+            if isinstance(j, Metric)
+        ]
+        same = replace(self.plan, minutes=None)
+        sources = [source.sha256 for source in self.bank.sources]
+        return codec.encode(
+            {"plan": same, "metric": self.fitness.name, "judges": judges, "sources": sources, "storage": self.bank.storage}
+        )  # fmt: skip
+
+    def carry_out(self) -> dict[str, Any]:
+        """The phases in order."""
+        plan, began = self.plan, time.monotonic()
+        mains = [f"{plan.search}/{k}" for k in range(1 if plan.search in DETERMINISTIC else plan.search_seeds)]
+        others = [f"{name}/0" for name in plan.baselines if f"{name}/0" not in mains]
+        for name in (*mains, *others):
+            if plan.budget < self.search(name).minimum:
+                raise FewstepError(
+                    f"--budget {plan.budget} is less than the {self.search(name).minimum} evaluations with which "
+                    f"{name.partition('/')[0]} begins: raise it, or choose other searches"
+                )
+        found = {name: self.run_search(name, name in mains, began) for name in (*mains, *others)}
+        if not math.isfinite(min(f.best for f in found.values())):
+            raise FewstepError(f"no candidate has a finite {self.fitness.name}: is the metric right for these weights?")
+        choices = self.choose(found, mains)
+        records = self.measure(choices, {name: found[name] for name in mains})
+        chosen = choices["lcsc"]
+        result = {
+            "fewstep": __version__, "version": 1, "run": self.run,
+            "snapshots": [vars(source) for source in self.bank.sources], "storage": self.bank.storage,
+            "batch": self.bank.batch, "coefficients": chosen.coefficients.tolist(),
+            "weights_sha256": self.save(chosen, records["lcsc"]), "chosen": chosen.origin,
+            **self.judged(), "candidates": {name: choice.to_json() for name, choice in choices.items()},
+            "records": {name: [r.to_json() for r in records[name]] for name in choices},
+            "traces": {name: [[n, number(cost)] for n, cost in f.trace] for name, f in found.items()},
+            "searches": {name: self.summary(found[name], records.get(name, [])) for name in mains},
+            "seed_spread": self.spread([found[name] for name in mains]) if len(mains) > 1 else None,
+            **verdict(records, self.fitness.name), "cost": self.cost(found),
+            "noise": {"search": SEARCH_NOISE, "rerank": RERANK_NOISE, "report": list(range(plan.seeds))},
+            "num": {"search": plan.num, "rerank": plan.rerank_num, "report": plan.report_num},
+            "environment": environment(str(self.bank.base.device)),
+        }  # fmt: skip
+        if self.main:
+            write_json(self.out / "result.json", result)
+        distributed.barrier()
+        return result
+
+    def search(self, name: str) -> Search:
+        """A fresh search by its name and seed, e.g. evolution/0."""
+        kind, _, seed = name.partition("/")
+        made = searches()[kind](self.space, int(seed))
+        if isinstance(made, Span) and isinstance(self.fitness, Metric):
+            made.slope = self.fitness.slope()
+        return made
+
+    def run_search(self, name: str, main: bool, began: float) -> Found:
+        """Until its budget or the time is spent; scores that are on the disk are taken from there."""
+        plan, search, found, drawn = self.plan, self.search(name), Found(name), math.inf
+        gate = Gate(search.keep) if search.races else None
+        features = isinstance(search, Span) and search.slope is not None
+        with ProgressLine(f"search {name}", plan.budget, unit="eval", quiet=self.quiet or not self.main) as line:
+            scorer = Scorer(self.wearer, self.fitness, plan.num, SEARCH_NOISE, self.file, lambda _: line.advance(1))
+            while found.evaluations < plan.budget and not self.late(scorer, began):
+                vectors = search.ask(min(ROWS, plan.budget - found.evaluations))
+                if not len(vectors):
+                    break
+                scores = scorer(vectors, name, gate, features)
+                search.tell(np.array([s.cost for s in scores]), [s.features for s in scores] if features else ())
+                for vector, score in zip(vectors, scores, strict=True):
+                    found.evaluations += 1
+                    found.dropped += score.dropped
+                    found.failed += not math.isfinite(score.cost)
+                    if not score.dropped and math.isfinite(score.cost):
+                        found.tried[vector.tobytes()] = (score.cost, vector)
+                    found.trace.append((found.evaluations, found.best))
+                line.note(f"best {self.fitness.name} {found.best:.4g}")
+                if main and found.best < drawn:
+                    drawn = found.best
+                    self.draw(found.top(1)[0][1])
+        return found
+
+    def late(self, scorer: Scorer, began: float) -> bool:
+        """Whether the time is spent; all processes go by the clock of the first."""
+        if self.plan.minutes is None:
+            return False
+        spent = torch.tensor([time.monotonic() - began if self.main else 0.0], device=self.bank.base.device)
+        distributed.sum_over_ranks([spent])
+        return bool(spent.item() > 60 * self.plan.minutes)
+
+    def draw(self, vector: Vector) -> None:
+        """OUT/best.png: samples of the best so far, from the same noise each time."""
+        if not (self.main and self.model and isinstance(self.fitness, Metric)):
+            return
+        arch = self.model.info.architecture
+        labels = list(range(min(arch.num_classes, 10))) or None
+        columns = len(labels) if labels else 8
+        self.wearer.wear(self.bank.tensors(self.bank.combine(torch.from_numpy(vector)[None])[0]))
+        make = Generator(self.model.denoiser, arch.shape, arch.num_classes, self.model.device)
+        images = torch.cat(list(make(self.fitness.sampler, 8 * columns, GRID_NOISE, labels)))
+        save(self.out / "best.png", grid(to_uint8(images), columns))
+
+    def choose(self, found: Mapping[str, Found], mains: Sequence[str]) -> dict[str, Choice]:
+        """Re-rank the best few of each search on fresh noise; LCSC is the best of the main ones."""
+        plan, tops = self.plan, {name: f.top(self.plan.rerank) for name, f in found.items()}
+        fixed = {"uniform": np.full(len(self.bank), 1 / len(self.bank)), "last": np.eye(len(self.bank))[-1]}
+        total = sum(map(len, tops.values())) + len(fixed)
+        with ProgressLine("re-rank", total, unit="eval", quiet=self.quiet or not self.main) as line:
+            scorer = Scorer(
+                self.wearer, self.fitness, plan.rerank_num, RERANK_NOISE, self.file, lambda _: line.advance(1)
+            )
+            for name, top in tops.items():
+                vectors = [vector for _, vector in top]
+                scores = [s for i in range(0, len(top), ROWS) for s in scorer(np.stack(vectors[i : i + ROWS]), name)]
+                if top:
+                    k = min(range(len(top)), key=lambda k: scores[k].cost)
+                    label = LABELS.get(name.partition("/")[0], name.replace("/", ", seed "))
+                    found[name].choice = Choice(label, name, vectors[k], top[k][0], scores[k].cost)
+            known = {key: cost for f in found.values() for key, (cost, _) in f.tried.items()}
+            rest = {
+                name: Choice(LABELS[name], name, v, known.get(v.tobytes(), math.inf), scorer(v[None], name)[0].cost)
+                for name, v in fixed.items()
+            }
+        best = min((c for name in mains if (c := found[name].choice)), key=lambda choice: choice.rerank)
+        choices = {"lcsc": replace(best, label="LCSC")}
+        choices |= {n.partition("/")[0]: c for n, f in found.items() if n not in mains and (c := f.choice)}
+        return choices | rest
+
+    def measure(self, choices: Mapping[str, Choice], mains: Mapping[str, Found]) -> dict[str, list[Record]]:
+        """Held-out records of every choice, and of every seed's result; the first process does it, the others wait."""
+        several = {name: f.choice for name, f in mains.items() if f.choice and len(mains) > 1}
+        kept = {row["report"]: row["records"] for row in read_jsonl(self.file) if "report" in row}
+        distributed.barrier()
+        records: dict[str, list[Record]] = {}
+        images = self.plan.report_num * self.plan.seeds * len({**choices, **several})
+        with ProgressLine("held-out numbers", images, quiet=self.quiet or not self.main) as line:
+            for name, choice in ({**choices, **several} if self.main else {}).items():
+                key = f"{name}|{weights_hash({'c': torch.from_numpy(choice.coefficients)})[:24]}"
+                if key in kept:
+                    records[name] = [Record.from_json(row) for row in kept[key]]
+                    line.advance(self.plan.report_num * self.plan.seeds)
+                    continue
+                if name == "lcsc":  # what is quoted for LCSC is of the weights that are saved
+                    tensors = self.bank.exact(torch.from_numpy(choice.coefficients))
+                else:
+                    tensors = self.bank.tensors(self.bank.combine(torch.from_numpy(choice.coefficients)[None])[0])
+                records[name] = self.records(name, tensors, line.advance)
+                append_jsonl(self.file, {"report": key, "records": [r.to_json() for r in records[name]]})
+        distributed.barrier()
+        if not self.main:  # the rows are on the disk that all processes share
+            rows = {row["report"].partition("|")[0]: row["records"] for row in read_jsonl(self.file) if "report" in row}
+            records = {name: [Record.from_json(row) for row in rows[name]] for name in (*choices, *several)}
+        return records
+
+    def records(self, name: str, tensors: dict[str, torch.Tensor], tick: Callable[[int], None]) -> list[Record]:
+        """The searched metric first, then the second ones."""
+        plan, judge, worn = self.plan, self.heldout, self.wearer.wear(tensors)
+        digest, seeds = weights_hash(tensors), range(plan.seeds)
+        if isinstance(judge, Metric):
+            assert self.model is not None
+            arch, first = self.model.info.architecture, MEASURE[judge.name]
+            make = Generator(self.model.denoiser, arch.shape, arch.num_classes, self.model.device, judge.batch)
+            metrics = (first, *(metric for metric in plan.second if metric != first))
+            found = evaluate(
+                make, judge.sampler, judge.reference, judge.extractor, plan.report_num, seeds, metrics, name, digest, tick
+            )  # fmt: skip
+            return sorted(found, key=lambda record: record.metric != judge.name)
+        costs = [judge.cost(worn, None, seed) for seed in seeds]
+        tick(plan.report_num * plan.seeds)
+        return [
+            Record.of(
+                judge.name, costs, list(seeds), n=0, extractor="", extractor_sha256="", reference="", reference_n=0,
+                reference_sha256="", sampler="", sigmas=(), nfe=0, model=name, model_sha256=digest,
+            )
+        ]  # fmt: skip
+
+    def save(self, chosen: Choice, records: Sequence[Record]) -> str:
+        """OUT/combined.safetensors, from the snapshots themselves; returns the SHA-256 of its weights."""
+        if not self.main:
+            return ""
+        tensors, file = self.bank.exact(torch.from_numpy(chosen.coefficients)), self.out / "combined.safetensors"
+        if self.model is None:
+            return write(file, tensors, {"coefficients": chosen.coefficients.tolist()})
+        row = {"nimg": self.model.info.nimg, "weights": "lcsc", "record": records[0].to_json()}
+        return save_model(file, tensors, replace(self.model.info, weights="lcsc", best=row))
+
+    def judged(self) -> dict[str, Any]:
+        """What was measured, and against what."""
+        a, b = self.fitness, self.heldout
+        if not (isinstance(a, Metric) and isinstance(b, Metric)):
+            return {"metric": a.name, "sampler": None, "extractor": "", "reference": None}
+        reference = {
+            f"{which}{suffix}": value
+            for which, r in (("search", a.reference), ("report", b.reference))
+            for suffix, value in (("", r.name), ("_n", r.n), ("_sha256", r.sha256))
+        }
+        sampler = {"name": type(a.sampler).__name__, "sigmas": list(a.sampler.sigmas), "nfe": a.sampler.nfe}
+        return {"metric": a.name, "sampler": sampler, "extractor": a.extractor.name, "reference": reference}
+
+    def summary(self, found: Found, records: Sequence[Record]) -> dict[str, Any]:
+        kind, _, seed = found.name.partition("/")
+        choice = found.choice.to_json() if found.choice else {}
+        return {
+            "search": kind, "seed": int(seed), "coefficients": choice.get("coefficients"),
+            "search_score": choice.get("search"), "rerank_score": choice.get("rerank"),
+            "evaluations": found.evaluations, "records": [r.to_json() for r in records],
+        }  # fmt: skip
+
+    def spread(self, found: Sequence[Found]) -> dict[str, Any]:
+        """How far the results of several seeds lie apart: weights in units of the bank's radius, coefficients by angle."""
+        vectors = [f.choice.coefficients for f in found if f.choice]
+        unit = [v / np.linalg.norm(v) for v in vectors]
+        return {
+            "distance": [[self.space.distance(a, b) / self.space.radius for a in vectors] for b in vectors],
+            "cosine": [[float(a @ b) for a in unit] for b in unit],
+        }
+
+    def cost(self, found: Mapping[str, Found]) -> dict[str, Any]:
+        """What all of it took; seconds are of evaluating candidates, summed over processes and interruptions."""
+        rows = [row for row in read_jsonl(self.file) if "cost" in row]
+        return {
+            "evaluations": sum(f.evaluations for f in found.values()), "evaluated": len(rows),
+            "raced_out": sum(f.dropped for f in found.values()), "failed": sum(f.failed for f in found.values()),
+            "images": sum(row["images"] for row in rows), "seconds": round(sum(row["seconds"] for row in rows), 1),
+            "budget": self.plan.budget,
+        }  # fmt: skip
+
+
+def verdict(records: Mapping[str, Sequence[Record]], metric: str) -> dict[str, Any]:
+    """LCSC against each of the others on the searched metric, held out: paired over the noise seeds."""
+    sign = 1 if metric in ("fd", "kid") or metric not in MEASURE else -1
+    mine, gains = records["lcsc"][0], {}
+    for name, (other, *_) in records.items():
+        if name == "lcsc" or "/" in name:
+            continue
+        differences = [sign * (b - a) for a, b in zip(mine.values, other.values, strict=True)]
+        mean = statistics.fmean(differences)
+        std = statistics.stdev(differences) if len(differences) > 1 else math.inf
+        gains[name] = {
+            "fraction": number(mean / abs(other.value)) if other.value else None, "paired_mean": number(mean),
+            "paired_std": number(std), "within_noise": not mean > 2 * std,
+        }  # fmt: skip
+    rivals = [name for name in gains if name in ("ema", "last")] or list(gains)
+    rival = min(rivals, key=lambda name: sign * records[name][0].value)
+    gain, label = gains[rival], LABELS.get(rival, rival)
+    text = f"{metric} {mine.value:.4g} against {records[rival][0].value:.4g} of the {label}, held out"
+    if gain["within_noise"]:
+        text = f"No gain beyond the noise: {text} over {len(mine.seeds)} noise seed(s)."
+    else:
+        text = (
+            f"LCSC improves {text}: {100 * (gain['fraction'] or 0):.0f} %, beyond the noise of {len(mine.seeds)} seeds."
+        )
+    return {"gains": gains, "verdict": text}
+
+
+def number(value: float) -> float | None:
+    """For strict JSON."""
+    return float(value) if math.isfinite(value) else None
+
+
+__all__ = ["Combination", "Plan", "combine"]
