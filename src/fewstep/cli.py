@@ -173,8 +173,9 @@ def report(*runs: tyro.conf.Positional[Path], out: Path | None = None, device: s
     """One self-contained HTML page about one or several runs.
 
     Args:
-        runs: Run directories; give the diffusion run before the run tuned from it to see both from the same noise.
-        out: The page; default: report.html in the last run.
+        runs: Run directories, and folders of `fewstep combine`; give the diffusion run before the run tuned from it to
+            see both from the same noise.
+        out: The page; default: report.html in the last of them.
         device: auto, cpu, cuda, cuda:1 or mps; draws the samples.
     """
     from fewstep.environment import pick_device
@@ -183,7 +184,8 @@ def report(*runs: tyro.conf.Positional[Path], out: Path | None = None, device: s
 
     if not runs:
         raise FewstepError("give at least one run directory: fewstep report RUN...")
-    path = build(runs, out or runs[-1] / "report.html", device=str(pick_device(device)))
+    folder = runs[-1] if runs[-1].suffix != ".json" else runs[-1].parent
+    path = build(runs, out or folder / "report.html", device=str(pick_device(device)))
     return {"report": str(path)}
 
 

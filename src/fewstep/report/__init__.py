@@ -17,9 +17,12 @@ from typing import Any
 from fewstep._version import __version__
 from fewstep.files import atomic_write, read_json, read_jsonl
 from fewstep.metrics import Record
+from fewstep.report.combination import about, opening, summary
 from fewstep.report.curves import curves
+from fewstep.report.details import code, duration, folded, hardware, listed
 from fewstep.report.grids import progression, same_noise
-from fewstep.report.numbers import headline, last_and_best, tables
+from fewstep.report.numbers import headline, last_and_best, ranked, tables
+from fewstep.report.result import ResultView, result_file
 from fewstep.report.view import RunView
 from fewstep.types import FewstepError
 
@@ -29,26 +32,32 @@ __all__ = ["build"]
 def build(
     runs: Sequence[str | Path], out: str | Path, *, records: Mapping[str, Record] | None = None, title: str = "",
     lead: str = "", timings: Mapping[str, float] | None = None, device: str = "cpu", per_class: int = 4,
+    results: Sequence[str | Path] = (),
 ) -> Path:  # fmt: skip
     """Write the page of one or several runs, e.g. a diffusion run and the consistency run tuned from it.
 
     records: measured numbers by name; None: the last and the best of each run's own evaluations. timings: seconds by
-    phase. per_class: rows of the sample grids. Returns the page's path; FewstepError for a path that is no run.
+    phase. per_class: rows of the sample grids. results: folders of `fewstep combine`, which may stand among the runs too.
+    Returns the page's path; FewstepError for a path that is neither.
     """
-    if not runs or per_class < 1:
+    combined = [ResultView.open(path, device) for path in [*filter(result_file, runs), *results]]
+    views = [RunView.open(run, device) for run in runs if not result_file(run)]
+    if not (views or combined) or per_class < 1:
         raise FewstepError("a report needs at least one run directory, and per_class of 1 or more")
-    views = [RunView.open(run, device) for run in runs]
     methods = Counter(view.label for view in views)
     views = [replace(v, label=f"{v.label} {v.path.name}") if methods[v.label] > 1 else v for v in views]
     numbers = last_and_best(views) if records is None else records
     diffusion = frozenset[str]().union(*(view.hashes for view in views if view.recipe.kind == "diffusion"))
-    sections = [same_noise(views, numbers, per_class), tables(numbers, diffusion), phases(timings or {})]
+    sections = [same_noise(views, numbers, per_class), tables(numbers, diffusion)] if views else []
+    sections += [about(result, per_class, alone=[result] == combined and not views) for result in combined]
+    titles = [f"{view.label} on {Path(view.recipe.data.source).name}" for view in views] or [r.label for r in combined]
+    stories = [f"{story(view, views)}." for view in views] or [summary(combined[0])]
     page = Template(files(__name__).joinpath("page.html").read_text("utf-8")).substitute(
-        title=escape(title or ", ".join(f"{view.label} on {Path(view.recipe.data.source).name}" for view in views)),
-        lead=escape(lead or " ".join(f"{story(view, views)}." for view in views)),
+        title=escape(title or ", ".join(titles)),
+        lead=escape(lead or " ".join(stories)),
         style=files(__name__).joinpath("page.css").read_text("utf-8"),
-        headline=headline(numbers),
-        body="".join(sections + [section(view, views) for view in views]),
+        headline=headline(ranked(numbers)) if views else opening(combined),
+        body="".join([*sections, phases(timings or {}), *(section(view, views) for view in views)]),
         version=__version__,
         date=date.today().isoformat(),
     )
@@ -64,13 +73,6 @@ def story(view: RunView, views: Sequence[RunView]) -> str:
     return f"{kind}{f' tuned from {origin.label}' if origin else ''}, {images}"
 
 
-def duration(seconds: float) -> str:
-    """2 h 5 min, 2 min 18 s, 4.2 s."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours = f"{minutes // 60} h {minutes % 60} min"
-    return hours if minutes >= 60 else f"{minutes} min {rest} s" if minutes else f"{seconds:.3g} s"
-
-
 def phases(timings: Mapping[str, float]) -> str:
     """Where the time went."""
     widths = {name: 100 * seconds / max([*timings.values(), 1e-9]) for name, seconds in timings.items()}
@@ -82,7 +84,6 @@ def phases(timings: Mapping[str, float]) -> str:
 def section(view: RunView, views: Sequence[RunView]) -> str:
     """All about one run."""
     machine = read_json(file) if (file := view.path / "environment.json").exists() else {}
-    rows = "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in facts(view, views, machine).items())
     bad = [escape(str(row.get("problem"))) for row in read_jsonl(view.path / "problems.jsonl")]
     problems = f'<div class="problems">Steps that were not finite<br>{"<br>".join(bad)}</div>' * bool(bad)
     path, steps = str(view.path), 18 if view.recipe.kind == "diffusion" else 2
@@ -95,19 +96,15 @@ def section(view: RunView, views: Sequence[RunView]) -> str:
     recipe = pprint.pformat(view.recipe, width=100, sort_dicts=False, underscore_numbers=True)
     return (
         f"<section><h2>{escape(view.label)}</h2><p>{escape(story(view, views))}.</p>"
-        f"<dl>{rows}</dl>{problems}<h3>Curves</h3>{curves(view)}{progression(view)}"
+        f"{listed(facts(view, views, machine))}{problems}<h3>Curves</h3>{curves(view)}{progression(view)}"
         f"<h3>Use it</h3><pre>{escape(use)}</pre>"
-        f"<h3>What made it</h3><details><summary>Recipe</summary><pre>{escape(recipe)}</pre></details>"
-        f"<details><summary>Environment</summary><pre>{escape(json.dumps(machine, indent=2))}</pre></details></section>"
+        f"<h3>What made it</h3>{folded('Recipe', recipe)}"
+        f"{folded('Environment', json.dumps(machine, indent=2))}</section>"
     )
 
 
 def facts(view: RunView, views: Sequence[RunView], machine: Mapping[str, Any]) -> dict[str, str]:
     """Name -> HTML."""
-
-    def code(sha256: str) -> str:
-        return f'<code title="{escape(sha256)}">{escape(sha256[:12])}</code>'
-
     recipe, found = view.recipe, {"Run": f"<code>{escape(str(view.path))}</code>"}
     if view.model:
         info, arch, origin = view.model.info, view.model.info.architecture, view.origin(views)
@@ -126,8 +123,5 @@ def facts(view: RunView, views: Sequence[RunView], machine: Mapping[str, Any]) -
     if view.log:
         speed = statistics.median(row["images_per_second"] for row in view.log)
         found["Time"] = f"{duration(view.log[-1]['seconds'])}, {speed:,.0f} images/s"
-    if machine:
-        found["Hardware"] = escape(str(machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores"))
-        commit = f" ({str(machine['commit'])[:12]})" if machine["commit"] else ""
-        found["Software"] = escape(f"fewstep {machine['fewstep']}{commit}, PyTorch {machine['packages']['torch']}")
+    found |= hardware(machine)
     return found | ({"Published": escape(recipe.published)} if recipe.published else {})

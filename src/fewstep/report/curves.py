@@ -73,46 +73,70 @@ def figure(
     stages: Sequence[tuple[int, int]] = (),
 ) -> str:
     """A titled figure with its key; over images seen the key gives the last values."""
-    key = "".join(
-        f'<span class="key"><i style="background:{line.color}"></i>{escape(line.name)}'
-        f"{'' if by_noise else f' <b>{line.y[-1]:.3g}</b>'}</span>"
-        for line in lines
-    )
-    drawing = svg(title, lines, by_noise, linear, stages)
-    return f"<figure><figcaption><b>{escape(title)}</b>{key}</figcaption>{drawing}</figure>"
+    keys = "".join(key(line.name, line.color, "" if by_noise else f"{line.y[-1]:.3g}") for line in lines)
+    return framed(title, keys, svg(title, lines, by_noise, linear, stages))
+
+
+def key(name: str, color: str, value: str = "") -> str:
+    """One entry of a figure's key."""
+    value = f" <b>{value}</b>" * bool(value)
+    return f'<span class="key"><i style="background:{color}"></i>{escape(name)}{value}</span>'
+
+
+def framed(title: str, keys: str, drawing: str, wide: bool = False) -> str:
+    """A drawing under its title and key."""
+    what = " class=wide" * wide
+    return f"<figure{what}><figcaption><b>{escape(title)}</b>{keys}</figcaption>{drawing}</figure>"
 
 
 def svg(title: str, lines: Sequence[Curve], by_noise: bool, linear: bool, stages: Sequence[tuple[int, int]]) -> str:
     """The drawing: y is logarithmic when it spans more than a decade, unless linear; every point is kept."""
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import EngFormatter, FuncFormatter
 
-    values = [y for line in lines for y in line.y if math.isfinite(y)] or [1.0]
-    decades = 0.0 if linear or min(values) <= 0 else math.log10(max(values) / min(values))
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
     with matplotlib.rc_context(STYLE):
-        drawing, buffer = Figure(figsize=(5.2, 2.35)), io.StringIO()
+        drawing = Figure(figsize=(5.2, 2.35))
         axes = drawing.add_axes((0.095, 0.19, 0.89, 0.74), xlabel="noise level σ" if by_noise else "images seen")
         for line in lines:
             axes.plot(line.x, line.y, color=line.color, marker="o" if len(line.x) <= 24 else "")
-        if decades > 1:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,), numticks=7))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        else:
-            axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        divide(axes, [] if linear else [y for line in lines for y in line.y])
         axes.set(xscale="log") if by_noise else axes.set_xlim(left=0)
         if linear:
             axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_formatter(plain if by_noise else EngFormatter(sep=""))
-        axes.yaxis.set_major_formatter(plain)
+        axes.xaxis.set_major_formatter(FuncFormatter(plain) if by_noise else EngFormatter(sep=""))
         for i, (at, stage) in enumerate(stages):
             axes.axvline(at, color=TEXT, lw=0.7, ls=(0, (2, 3)))
             name = str(stage) if i and len(stages) > 4 else f"stage {stage}"
             axes.annotate(name, (at, 1), (3, -1), ("data", "axes fraction"), "offset points", va="top", fontsize=7)
-        drawing.savefig(buffer, format="svg", transparent=True)
-    (viewbox,) = re.findall(r' viewBox="[^"]*"', buffer.getvalue())  # no prologue, metadata, sizes, nor ids found twice
+        return inline(drawing, title)
+
+
+def plain(value: float, _: int = 0) -> str:
+    """A tick's label."""
+    return f"{value:g}"
+
+
+def divide(axes: Any, values: Sequence[float]) -> None:
+    """The y axis for these values: logarithmic if they are positive and span more than a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    values = [y for y in values if math.isfinite(y)] or [1.0]
+    decades = 0.0 if min(values) <= 0 else math.log10(max(values) / min(values))
+    if decades > 1:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,), numticks=7))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(plain))
+
+
+def inline(drawing: Any, title: str) -> str:
+    """A matplotlib Figure as an element of the page: no prologue, metadata, sizes, nor ids found twice."""
+    buffer = io.StringIO()
+    drawing.savefig(buffer, format="svg", transparent=True)
+    (viewbox,) = re.findall(r' viewBox="[^"]*"', buffer.getvalue())
     body = re.sub(
         r'<metadata>.*?</metadata>| id="\w+_\d+"', "", buffer.getvalue().partition("<svg")[2], flags=re.DOTALL
     )

@@ -21,9 +21,9 @@ COLUMNS = 10
 
 def same_noise(views: Sequence[RunView], records: Mapping[str, Record], rows: int) -> str:
     """The section of grids: diffusion runs first, each model sampled in two ways, all from one seed."""
-    figures, names = "", ""
+    figures, names = "", tuple[str, ...]()
     for view in sorted(views, key=lambda view: view.recipe.kind == "consistency"):
-        if view.model and len(shape := view.model.info.architecture.shape) == 3 and shape[0] in (1, 3):
+        if view.model and makes_pictures(view.model):
             sampler, title = view.model.info.sampler, view.label
             ways: dict[str, Sampler] = {"1 step": sampler(1), "2 steps": sampler(2)}
             if view.recipe.kind == "diffusion":
@@ -32,13 +32,11 @@ def same_noise(views: Sequence[RunView], records: Mapping[str, Record], rows: in
                 ways = {f"{steps} Heun steps": sampler(steps), f"1 step{before}": few_step(1)}
                 title = f"Diffusion ({title})"
             figures += "".join(drawn(f"{title}, {way}", view.model, ways[way], records, rows) for way in ways)
-            names = names or ", ".join(view.model.info.class_names[:COLUMNS] * view.recipe.conditional)
+            names = names or view.model.info.class_names * view.recipe.conditional
     if not figures:
         why = "these models do not make pictures" if any(view.model for view in views) else "no weights are saved yet"
         return f"<section><h2>Samples</h2><p>There are none to show: {why}.</p></section>"
-    told = f" The columns are the classes {escape(names)}." if names else ""
-    told = f"<p>Every grid starts from the same noise, image by image; nothing is picked.{told}</p>"
-    return f'<section><h2>The same noise</h2>{told}<div class="pair">{figures}</div></section>'
+    return f'<section><h2>The same noise</h2>{told(names)}<div class="pair">{figures}</div></section>'
 
 
 def measured_steps(model: Model, records: Mapping[str, Record]) -> int:
@@ -47,19 +45,35 @@ def measured_steps(model: Model, records: Mapping[str, Record]) -> int:
 
 
 def drawn(name: str, model: Model, sampler: Sampler, records: Mapping[str, Record], rows: int) -> str:
-    """A grid with a column for each of the first classes (ten without), and its Frechet distance where it is known."""
+    """The samples of a model that way, with its Frechet distance where it is known."""
+    known = [
+        r for r in records.values() if (r.metric, r.model_sha256, r.sigmas) == ("fd", model.sha256, sampler.sigmas)
+    ]
+    return sampled(name, model, sampler, known[:1], rows)
+
+
+def sampled(name: str, model: Model, sampler: Sampler, known: Sequence[Record], rows: int) -> str:
+    """A grid with a column for each of the first classes (ten without), its evaluations and what is known of it."""
     classes = model.info.architecture.num_classes
     columns = min(classes or COLUMNS, COLUMNS)
     labels = list(range(columns)) if classes else None
     samples = torch.cat(list(generator(model)(sampler, rows * columns, GRID_SEED, labels)))
-    known = [
-        r for r in records.values() if (r.metric, r.model_sha256, r.sigmas) == ("fd", model.sha256, sampler.sigmas)
-    ]
     text = f"{sampler.nfe} evaluation{'s' * (sampler.nfe != 1)}" + "".join(
-        f" &middot; FD {value(r)}" for r in known[:1]
+        f" &middot; {r.metric.upper()} {value(r)}" for r in known
     )
     picture = embedded(png(grid(to_uint8(samples), columns, cell=64)), name, samples.shape[-1] <= 32)
     return f"<figure><figcaption><b>{escape(name)}</b><br>{text}</figcaption>{picture}</figure>"
+
+
+def makes_pictures(model: Model) -> bool:
+    """Whether its samples are grey or colour images."""
+    return len(shape := model.info.architecture.shape) == 3 and shape[0] in (1, 3)
+
+
+def told(names: Sequence[str]) -> str:
+    """What every grid of a page has in common."""
+    columns = f" The columns are the classes {escape(', '.join(names[:COLUMNS]))}." if names else ""
+    return f"<p>Every grid starts from the same noise, image by image; nothing is picked.{columns}</p>"
 
 
 def embedded(image: bytes, alt: str, tiny: bool = False) -> str:

@@ -38,12 +38,12 @@ def value(record: Record) -> str:
     return text + f" <small>± {record.std:.2g}</small>" * (len(record.seeds) > 1)
 
 
-def headline(records: Records) -> str:
+def headline(groups: Sequence[Sequence[tuple[str, Record]]]) -> str:
     """The first stamp's best numbers, large."""
     tiles = "".join(
         f"<li{' class=best' * (i == 0)}><strong>{value(r)}</strong><b>{escape(name)}</b><br>"
-        f"{escape(NAMES.get(r.metric, r.metric))}, {r.nfe} NFE</li>"
-        for group in ranked(records)[:1]
+        f"{escape(NAMES.get(r.metric, r.metric.rpartition(':')[2]))}{f', {r.nfe} NFE' * bool(r.nfe)}</li>"
+        for group in groups[:1]
         for i, (name, r) in enumerate(group[:4])
     )
     return f'<ul class="tiles">{tiles}</ul>' if tiles else ""
@@ -63,15 +63,21 @@ def tables(records: Records, diffusion: frozenset[str]) -> str:
     ) * bool(groups)
 
 
+def caption(stamp: Record, short: bool = False) -> str:
+    """What the numbers of one stamp are; short: without extractor and reference. A user's own function is a cost."""
+    own = not stamp.extractor
+    direction = "lower" if own or stamp.metric in LOWER_IS_BETTER else "higher"
+    name = stamp.metric.rpartition(":")[2] if own else NAMES.get(stamp.metric, stamp.metric.capitalize())
+    text = f"<b>{escape(name)}</b>, {direction} is better"
+    return text + (
+        f" &middot; extractor {escape(stamp.extractor)} <code>{escape(stamp.extractor_sha256[:8])}</code> &middot; "
+        f"reference {escape(stamp.reference)}, {stamp.reference_n:,} images"
+    ) * (not (short or own))
+
+
 def table(group: Records, one_step: Sequence[str]) -> str:
     """Records of one stamp, best first, each against the first of `one_step` among them."""
     stamp, base = next(iter(group.values())), next((name for name in one_step if name in group), "")
-    caption = (
-        f"<b>{escape(NAMES.get(stamp.metric, stamp.metric.capitalize()))}</b>, "
-        f"{'lower' if stamp.metric in LOWER_IS_BETTER else 'higher'} is better &middot; "
-        f"extractor {escape(stamp.extractor)} <code>{escape(stamp.extractor_sha256[:8])}</code> &middot; "
-        f"reference {escape(stamp.reference)}, {stamp.reference_n:,} images"
-    )
     rows = "".join(
         f"<th>{head}</th>" for head in ("", stamp.metric.upper(), "NFE", "noise levels σ", "samples × seeds")
     )
@@ -86,4 +92,4 @@ def table(group: Records, one_step: Sequence[str]) -> str:
             against = f"{1 / times:.3g}× lower" if 0 < times < 1 else f"{times:.3g}× higher"
             cells.append("–" if name == base else against)
         rows += f"<tr{' class=best' * best}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-    return f'<div class="scroll"><table><caption>{caption}</caption>{rows}</table></div>'
+    return f'<div class="scroll"><table><caption>{caption(stamp)}</caption>{rows}</table></div>'
