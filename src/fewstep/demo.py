@@ -1,4 +1,4 @@
-"""The demo: real handwritten digits, from a diffusion model to a one-step generator, with figures and a report."""
+"""The demo: real handwritten digits, a diffusion model tuned into a one-step generator, its snapshots combined, a report."""
 
 import time
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fewstep.api import generator
+from fewstep.api import Plan, combine, generator, halves
 from fewstep.console import ProgressLine, say
 from fewstep.data import open_images, to_uint8
 from fewstep.environment import environment
@@ -26,10 +26,11 @@ from fewstep.samplers import Sampler, few_step
 from fewstep.types import FewstepError
 
 NUM, SEEDS = 3000, (0, 1, 2)  # images per noise seed of every reported distance
-HEUN_STEPS = 9  # 17 network evaluations
-
-
-SEARCH_NUM = 2000  # images for each noise level tried
+SOLVER_STEPS = 9  # of DPM-Solver++, so many network evaluations
+SIGMA_NUM = 1000  # images for each noise level tried
+SEARCH = Plan(
+    search="span", budget=34, num=1000, rerank=3, rerank_num=2000, report_num=NUM, second=("kid",), baselines=("ema",)
+)
 
 
 @dataclass
@@ -61,7 +62,7 @@ def carry_out(out: Path, seed: int, overwrite: bool, quick: bool) -> dict[str, A
         raise FewstepError(f"{out} is not empty: choose another --out, or replace what is there with --overwrite")
     began, phase = time.monotonic(), Phases()
     say(f"fewstep demo in {out}: 1797 real handwritten digits (8x8), class-conditional, on the CPU")
-    num, search_num = (NUM // 20, SEARCH_NUM // 20) if quick else (NUM, SEARCH_NUM)
+    num, sigma_num = (NUM // 20, SIGMA_NUM // 20) if quick else (NUM, SIGMA_NUM)
     with phase("diffusion model"):
         train(shortened(recipe("edm", "digits"), seed, quick), out / "diffusion", overwrite=overwrite, device="cpu")
     diffusion = load(out / "diffusion")
@@ -71,25 +72,42 @@ def carry_out(out: Path, seed: int, overwrite: bool, quick: bool) -> dict[str, A
     tuned = load(out / "ect")
     images, extractor = open_images(plan.data), load_extractor("digits")
     reference = reference_of(images, extractor, "train", plan.data.heldout)
-    with phase("second sigma"), ProgressLine("search of the second sigma", 13 * search_num) as line:
-        sigma, _ = search_second_sigma(generator(tuned), reference, extractor, search_num, tick=line.advance)
+    with phase("second sigma"), ProgressLine("search of the second sigma", 13 * sigma_num) as line:
+        sigma, _ = search_second_sigma(generator(tuned), reference, extractor, sigma_num, tick=line.advance)
         tuned = store_second_sigma(tuned, sigma)
     with phase("metrics"):
-        records = measure_all(diffusion, tuned, reference, extractor, num)
+        records = measure_all(trials(diffusion, tuned), reference, extractor, num)
+    with phase("checkpoint combination"):
+        search = replace(SEARCH, num=num // 3, rerank_num=num // 2, report_num=num) if quick else SEARCH
+        found = combine(out / "ect", out / "lcsc", search, second_sigma=sigma, device="cpu", overwrite=overwrite)
+        say(found["verdict"])
+        combined = load(out / "lcsc")
+        _, heldout = halves(combined, plan.data, extractor, 0.5)
+        records |= {
+            f"{name}_1": Record.from_json(found["records"][source][0])
+            for name, source in (("lcsc", "lcsc"), ("best_ema", "ema"), ("last", "last"))
+        }
+        records |= measure_all({"lcsc_2": (combined, combined.info.sampler(2))}, heldout, extractor, num)
     with phase("pictures and report"):
-        save(out / "samples.png", panels(diffusion, tuned))
+        save(out / "samples.png", panels(diffusion, tuned, combined))
         build(
             [out / "diffusion", out / "ect"], out / "report.html", records=records, timings=phase.seconds,
-            title="fewstep demo: handwritten digits",
-            lead="A small diffusion model is trained on 8x8 handwritten digits and tuned into a one-step generator by ECT. "
-            "Every grid starts from the same noise.",
+            results=[out / "lcsc"], title="fewstep demo: handwritten digits",
+            lead="A small diffusion model is trained on 8x8 handwritten digits, tuned into a one-step generator by ECT, "
+            "and the snapshots of the tuning are combined by LCSC. Every grid starts from the same noise.",
         )  # fmt: skip
     phase.seconds["total"] = round(time.monotonic() - began, 1)
     baseline = records["diffusion_1"].value
     summary = {
         "seconds": phase.seconds,
         **{name: record.to_json() for name, record in records.items()},
-        "ratio_to_diffusion_1": {name: record.value / baseline for name, record in records.items()},
+        "ratio_to_diffusion_1": {
+            name: record.value / baseline
+            for name, record in records.items()
+            if record.stamp() == records["ect_1"].stamp()
+        },
+        "gain": found["gains"],
+        "verdict": found["verdict"],
         "second_sigma": sigma,
         "weights": tuned.info.weights,
         "report": str(out / "report.html"),
@@ -116,7 +134,7 @@ def shortened(plan: Recipe, seed: int, quick: bool) -> Recipe:
 def trials(diffusion: Model, tuned: Model) -> dict[str, tuple[Model, Sampler]]:
     """What is compared, by the names of summary.json."""
     return {
-        "diffusion_many": (diffusion, diffusion.info.sampler(HEUN_STEPS)),
+        "diffusion_many": (diffusion, diffusion.info.sampler(SOLVER_STEPS, "dpm")),
         "diffusion_1": (diffusion, few_step(1)),
         "ect_1": (tuned, tuned.info.sampler(1)),
         "ect_2": (tuned, tuned.info.sampler(2)),
@@ -124,10 +142,10 @@ def trials(diffusion: Model, tuned: Model) -> dict[str, tuple[Model, Sampler]]:
 
 
 def measure_all(
-    diffusion: Model, tuned: Model, reference: Reference, extractor: Extractor, num: int
+    compared: dict[str, tuple[Model, Sampler]], reference: Reference, extractor: Extractor, num: int
 ) -> dict[str, Record]:
     """One stamped Frechet distance for each trial, on the same noise seeds."""
-    records, compared = {}, trials(diffusion, tuned)
+    records = {}
     with ProgressLine("metrics", num * len(SEEDS) * len(compared)) as line:
         for name, (model, sampler) in compared.items():
             records[name] = evaluate(
@@ -137,14 +155,15 @@ def measure_all(
     return records
 
 
-def panels(diffusion: Model, tuned: Model, rows: int = 5) -> Any:
-    """The README's picture: the four trials on the same noise, a class per column."""
+def panels(diffusion: Model, tuned: Model, combined: Model, rows: int = 5) -> Any:
+    """The README's picture: what is compared, on the same noise, a class per column."""
     captions = {
         "diffusion_many": "diffusion, {nfe} evaluations", "diffusion_1": "diffusion, 1 step",
-        "ect_1": "after ECT, 1 step", "ect_2": "after ECT, 2 steps",
+        "ect_1": "ECT, 1 step", "ect_2": "ECT, 2 steps", "lcsc_1": "ECT + LCSC, 1 step",
     }  # fmt: skip
     shown = {}
-    for name, (model, sampler) in trials(diffusion, tuned).items():
+    compared = {**trials(diffusion, tuned), "lcsc_1": (combined, combined.info.sampler(1))}
+    for name, (model, sampler) in compared.items():
         samples = torch.cat(list(generator(model)(sampler, 10 * rows, seed=0, label=range(10))))
         shown[captions[name].format(nfe=sampler.nfe)] = grid(to_uint8(samples), 10, gap=1, cell=32)
     return captioned(shown)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ MEASURE: Final = {
 }
 
 
+@runtime_checkable
 class Fitness(Protocol):
     """Costs of models; lower is better. A cost that is not finite is a candidate's failure, not an error."""
 
@@ -105,10 +106,10 @@ class Function:
     name: str
     function: Callable[[Any, int], float]
 
-    def features(self, model: Model, first: int, last: int, seed: int, /) -> None:
+    def features(self, model: Any, first: int, last: int, seed: int, /) -> None:
         return None
 
-    def cost(self, model: Model, features: Tensor | None, seed: int, /) -> float:
+    def cost(self, model: Any, features: Tensor | None, seed: int, /) -> float:
         return float(self.function(model, seed))
 
 

@@ -7,7 +7,7 @@ from scipy.optimize import minimize
 
 from fewstep.snapshots.search import CMAES, Features, Generations, Slope, Space, Vector, Vectors
 
-RIDGES = (0.3, 0.1, 0.03, 0.01)
+RIDGES = (1.0, 0.3, 0.1)
 
 
 class Span(CMAES):
@@ -20,15 +20,15 @@ class Span(CMAES):
     reference images as the K - 1 free coefficients of other searches do. Each step they move the weights by `step` of
     the radius.
 
-    A round: the directions, then the minima under the penalty ridge * cost * (move of the weights / radius)^2 for four
+    A round: the directions, then the minima under the penalty ridge * cost * (move of the weights / radius)^2 for three
     ridges, all evaluated in truth; the best vector so far is the next center, with other windows. It ends when a round
-    gains less than `tolerance` of the cost. Where there are no features to tell, or no slope (d cost / d features), it
-    is CMA-ES in the span of the first windows.
+    gains less than `tolerance` of the cost. Where there are no features to tell, no slope (d cost / d features), or no
+    start that is finite, it is CMA-ES in the span of the first windows.
     """
 
     def __init__(
-        self, space: Space, seed: int = 0, slope: Slope | None = None, windows: int = 16, step: float = 0.1,
-        tolerance: float = 0.005,
+        self, space: Space, seed: int = 0, slope: Slope | None = None, windows: int = 8, step: float = 0.1,
+        tolerance: float = 0.01,
     ):  # fmt: skip
         super().__init__(space, seed, step)
         self.slope, self.windows, self.tolerance = slope, min(windows, len(space)), tolerance
@@ -53,7 +53,7 @@ class Span(CMAES):
         vectors = self.space.starts
         costs, features = yield vectors
         best, cost, at = vectors[costs.argmin()], costs.min(), features[int(costs.argmin())]
-        if self.slope is None or not at.size:
+        if self.slope is None or not at.size or not np.isfinite(cost):
             yield from self.around(best)
         while True:
             before = cost
