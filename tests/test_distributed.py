@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from fewstep import distributed
+from fewstep.api import Plan, combine
 from fewstep.snapshots import read
+from test_combination import TINY, content, snapshots
 
 # A process's work, run by exec in a process that has imported fewstep and nothing of the tests.
 GROUP = """
@@ -95,6 +97,17 @@ try:
     assert not stop
 except Interrupted as end:
     assert stop and end.exit_code == 143 and "saved at 40 images" in str(end)
+distributed.stop()
+"""
+
+SEARCH = """
+from fewstep import combination
+from fewstep.api import Plan, combine
+combination.Combination.draw = lambda self, vector: None
+for name, plan in plans.items():
+    result = combine(run, out + name, Plan(**plan), data=data, extractor="pixels", device="cpu", quiet=True)
+    assert result["chosen"] and result["records"]["lcsc"]
+    distributed.barrier()
 distributed.stop()
 """
 
@@ -189,3 +202,18 @@ def test_a_run_of_two_processes_stops_resumes_and_ends_as_a_run_of_one(tmp_path,
     files = [{p.name for p in (tmp_path / name).rglob("*") if p.is_file()} for name in ("one", "two")]
     assert files[1] - files[0] == {"resumes.jsonl"}
     assert not files[0] - files[1]
+
+
+def test_two_processes_search_what_one_does(tmp_path, monkeypatch):
+    """The same result.json but for times, of a search whose scores are raced and of one that is told features."""
+    monkeypatch.setattr("fewstep.combination.Combination.draw", lambda self, vector: None)
+    run, images = snapshots(tmp_path / "snapshots"), str(tmp_path / "images.npz")
+    np.savez(images, images=np.random.default_rng(0).integers(100, 200, (60, 4, 4, 1), dtype=np.uint8))
+    plan = {**vars(TINY), "budget": 24, "baselines": ("ema", "random"), "search_seeds": 2}
+    plans = {name: {**plan, "search": name} for name in ("evolution", "span")}
+    together(SEARCH, 2, out=str(tmp_path / "two-"), run=str(run), data=images, plans=plans)
+    for name, plan in plans.items():
+        one, two = tmp_path / name, tmp_path / f"two-{name}"
+        combine(run, one, Plan(**plan), data=images, extractor="pixels", device="cpu", quiet=True)
+        assert content(two) == content(one)
+        assert (two / "combined.safetensors").read_bytes() == (one / "combined.safetensors").read_bytes()

@@ -28,6 +28,7 @@ from fewstep.metrics import (
     rank,
 )
 from fewstep.metrics.extractor import tensors_sha256
+from fewstep.metrics.kernel import kernel_slope
 from fewstep.types import FewstepError
 
 
@@ -156,6 +157,27 @@ def test_kernel_distance_is_unbiased() -> None:
     assert abs(values.mean()) < 3 * values.std() / math.sqrt(len(values))
     assert values.min() < 0
     assert kernel_distance(draw(100, 4), draw(100, 4, 1) + 1) > 10 * values.std()
+
+
+@pytest.mark.parametrize("n", [12, 3])
+def test_slopes_are_the_derivatives_of_the_distances(n: int) -> None:
+    """Against central differences of every feature; fewer features than dimensions leave the covariance singular."""
+    real, fake = draw(60, 4, 1) + 0.3, draw(n, 4, 2) * 1.4
+    reference, step = FrechetReference(Moments.of(real)), 1e-4
+    for slope, distance in (
+        (reference.slope, lambda y: reference.distance(Moments.of(y))),
+        (lambda y: kernel_slope(real, y), lambda y: kernel_distance(real, y)),
+    ):
+        value, gradient = slope(fake)
+        assert value == pytest.approx(distance(fake), rel=1e-9)
+        for i in range(n):
+            for j in range(4):
+                moved = torch.zeros_like(fake)
+                moved[i, j] = step
+                difference = (distance(fake + moved) - distance(fake - moved)) / (2 * step)
+                assert float(gradient[i, j]) == pytest.approx(
+                    difference, rel=1e-3, abs=1e-3 * float(gradient.abs().max())
+                )
 
 
 def test_kernel_distance_limits() -> None:

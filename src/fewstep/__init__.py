@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 from fewstep._version import __version__
 
 if TYPE_CHECKING:
-    from fewstep.api import average, combine, evaluate, get_recipe, loss, sample, train
+    from fewstep.api import Function, Plan, average, combine, evaluate, get_recipe, loss, sample, train
     from fewstep.model import Model, load
     from fewstep.types import Denoiser, FewstepError
 
 __all__ = [
-    "Denoiser", "FewstepError", "Model", "__version__", "average", "combine", "evaluate", "get_recipe", "load", "loss",
-    "sample", "train",
+    "Denoiser", "FewstepError", "Function", "Model", "Plan", "__version__", "average", "combine", "evaluate",
+    "get_recipe", "load", "loss", "sample", "train",
 ]  # fmt: skip
 
 _HOMES = {
     "Denoiser": "types", "FewstepError": "types", "Model": "model", "load": "model",
-    "average": "api", "combine": "api", "evaluate": "api", "get_recipe": "api", "loss": "api",
-    "sample": "api", "train": "api",
+    "Function": "api", "Plan": "api", "average": "api", "combine": "api", "evaluate": "api", "get_recipe": "api",
+    "loss": "api", "sample": "api", "train": "api",
 }  # fmt: skip
 
 

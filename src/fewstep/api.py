@@ -27,7 +27,7 @@ from fewstep.recipes import recipe as get_recipe
 from fewstep.run import train
 from fewstep.rundir import RunDir
 from fewstep.samplers import Sampler
-from fewstep.snapshots import Bank, Storage, checkpoint_files, exact, profiles, read_checkpoint, write
+from fewstep.snapshots import Bank, Storage, checkpoint_files, exact, profiles, read_checkpoint, weights_hash, write
 from fewstep.snapshots.sources import read_foreign_header
 from fewstep.types import FewstepError, Labels, Sample
 
@@ -150,7 +150,9 @@ def combine(
     else:
         fitness = heldout = function
     path = Path(out) / "bank.safetensors"
-    distributed.on_first_rank(lambda: fresh_bank(files, path, storage, recipe.batch_size if recipe else 1, quiet))
+    distributed.on_first_rank(
+        lambda: fresh_bank(files, path, storage, recipe.batch_size if recipe else 1, resume, quiet)
+    )
     bank = Bank.open(path).to(place)
     return carry_out_combine(
         bank, model, fitness, heldout, out, plan, run=str(run.resolve()) if run else "", resume=resume,
@@ -175,13 +177,16 @@ def halves(model: Model, data: str | DataSpec, extractor: Extractor, share: floa
     )
 
 
-def fresh_bank(files: Sequence[Path], path: Path, storage: Storage, batch: int, quiet: bool) -> None:
-    """Make the bank of these files, unless it is there already and they are what it was built from."""
-    if path.exists():
+def fresh_bank(files: Sequence[Path], path: Path, storage: Storage, batch: int, resume: bool, quiet: bool) -> None:
+    """Make the bank of these files; one that a resumed search has must still be of what its sources hold."""
+    if resume and path.exists():
         bank = Bank.open(path)
-        if [source.path for source in bank.sources] == [str(f.absolute()) for f in files] and bank.storage == storage:
-            bank.verify()
-            return
+        bank.verify()
+        if ([source.path for source in bank.sources], bank.storage) != ([str(f.absolute()) for f in files], storage):
+            raise FewstepError(
+                f"{path} was built of other snapshots or storage: repeat the options, or choose another --out"
+            )
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     Bank.build(files, path, storage, batch, quiet)
 
@@ -232,17 +237,20 @@ def rebuild(result: Path, out: Path | None) -> dict[str, Any]:
         raise FewstepError("--out: give the file to write the rebuilt weights to")
     files = [Path(source["path"]) for source in told["snapshots"]]
     hashes = [source["sha256"] for source in told["snapshots"]]
-    digest = write_combination(out, files, hashes, told["coefficients"], "lcsc")
-    if digest != told["weights_sha256"]:
-        raise FewstepError(f"{out} differs from the result of {result}: its coefficients were altered")
+    digest = write_combination(out, files, hashes, told["coefficients"], "lcsc", told["weights_sha256"])
     return {"out": str(out), "profile": "lcsc", "snapshots": len(files), "weights_sha256": digest}
 
 
 def write_combination(
-    path: Path, files: Sequence[Path], hashes: Sequence[str], coefficients: list[float], name: str
+    path: Path, files: Sequence[Path], hashes: Sequence[str], coefficients: list[float], name: str, expected: str = ""
 ) -> str:
-    """Combine the files themselves, in float64; a model's description is the last one's with this name."""
+    """Combine the files themselves, in float64; a model's description is the last one's with this name.
+
+    expected: the SHA-256 that the weights must have, else nothing is written.
+    """
     tensors = exact(files, hashes, torch.tensor(coefficients, dtype=torch.float64))
+    if expected and weights_hash(tensors) != expected:
+        raise FewstepError(f"these coefficients do not make the weights {expected[:12]}...: the result was altered")
     header = read_foreign_header(files[-1])
     path.parent.mkdir(parents=True, exist_ok=True)
     if not header:

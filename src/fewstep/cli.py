@@ -256,7 +256,7 @@ def carry_out(verb: str, args: list[str]) -> int:
 
     try:
         result = train(args) if verb == "train" else tyro.cli(VERBS[verb], args=args, prog=f"fewstep {verb}")
-        if result is not None:
+        if result is not None and os.environ.get("RANK", "0") == "0":
             print(json.dumps(result, indent=2))
     except FewstepError as error:
         if os.environ.get("RANK", "0") == "0":  # torchrun starts several of us; one speaks

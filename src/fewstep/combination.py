@@ -5,7 +5,9 @@ samples, and what is reported is measured on seeds 0, 1, 2, ... against real ima
 the last snapshot, the uniform average and the best EMAs, all chosen with at least as much care.
 """
 
+import json
 import math
+import shutil
 import signal
 import statistics
 import time
@@ -23,14 +25,14 @@ from fewstep.console import ProgressLine
 from fewstep.data import to_uint8
 from fewstep.environment import environment
 from fewstep.evaluation import Generator, evaluate
-from fewstep.files import append_jsonl, read_json, read_jsonl, write_json
+from fewstep.files import append_jsonl, atomic_write, read_json, read_jsonl, write_json
 from fewstep.fitness import MEASURE, Fitness, Metric
 from fewstep.interrupts import Interrupted
 from fewstep.metrics import Record
 from fewstep.model import Model, save_model
 from fewstep.pictures import grid, save
 from fewstep.rundir import RunDir
-from fewstep.scoring import ROWS, Gate, Scorer, Wearer
+from fewstep.scoring import ROWS, Gate, Scorer, Wearer, finite
 from fewstep.snapshots import Bank, weights_hash, write
 from fewstep.snapshots.search import DETERMINISTIC, Search, Space, Vector, searches
 from fewstep.snapshots.span import Span
@@ -50,7 +52,7 @@ class Plan:
     budget: int = 60
     """candidates that each search, the baselines' too, may evaluate"""
     minutes: float | None = None
-    """stop searching after so long; what is found by then is re-ranked and reported"""
+    """stop searching after so long, but each search sees its first vectors; what is found is re-ranked and reported"""
     search_seeds: int = 1
     """search so many times with other seeds, and tell how far the results differ"""
     num: int = 2000
@@ -165,11 +167,15 @@ class Combination:
             raise FewstepError(f"{self.out} holds no search to resume: leave out --resume to start one there")
         self.out.mkdir(parents=True, exist_ok=True)
         directory.take_lock()
+        for folder in directory.leftovers():
+            shutil.rmtree(folder, ignore_errors=True)
         if resume and read_json(file) != self.identity():
             raise FewstepError(
                 f"{self.out} was begun with other snapshots, data, metric or options: repeat them, or choose another --out"
             )
-        if not resume:
+        if resume:  # without the half row that a full disk or a kill has left
+            atomic_write(self.file, "".join(json.dumps(row) + "\n" for row in read_jsonl(self.file)))
+        else:
             for name in ("evaluations.jsonl", "result.json", "combined.safetensors", "report.html", "best.png"):
                 (self.out / name).unlink(missing_ok=True)
             write_json(file, self.identity())
@@ -199,8 +205,6 @@ class Combination:
                     f"{name.partition('/')[0]} begins: raise it, or choose other searches"
                 )
         found = {name: self.run_search(name, name in mains, began) for name in (*mains, *others)}
-        if not math.isfinite(min(f.best for f in found.values())):
-            raise FewstepError(f"no candidate has a finite {self.fitness.name}: is the metric right for these weights?")
         choices = self.choose(found, mains)
         records = self.measure(choices, {name: found[name] for name in mains})
         chosen = choices["lcsc"]
@@ -239,7 +243,7 @@ class Combination:
         features = isinstance(search, Span) and search.slope is not None
         with ProgressLine(f"search {name}", plan.budget, unit="eval", quiet=self.quiet or not self.main) as line:
             scorer = Scorer(self.wearer, self.fitness, plan.num, SEARCH_NOISE, self.file, lambda _: line.advance(1))
-            while found.evaluations < plan.budget and not self.late(scorer, began):
+            while found.evaluations < plan.budget and not (found.evaluations and self.late(began)):
                 vectors = search.ask(min(ROWS, plan.budget - found.evaluations))
                 if not len(vectors):
                     break
@@ -258,7 +262,7 @@ class Combination:
                     self.draw(found.top(1)[0][1])
         return found
 
-    def late(self, scorer: Scorer, began: float) -> bool:
+    def late(self, began: float) -> bool:
         """Whether the time is spent; all processes go by the clock of the first."""
         if self.plan.minutes is None:
             return False
@@ -299,7 +303,12 @@ class Combination:
                 name: Choice(LABELS[name], name, v, known.get(v.tobytes(), math.inf), scorer(v[None], name)[0].cost)
                 for name, v in fixed.items()
             }
-        best = min((c for name in mains if (c := found[name].choice)), key=lambda choice: choice.rerank)
+        able = [c for name in mains if (c := found[name].choice) and math.isfinite(c.rerank)]
+        if not able:
+            raise FewstepError(
+                f"no candidate of {plan.search} has a finite {self.fitness.name}: is the metric right for these weights?"
+            )
+        best = min(able, key=lambda choice: choice.rerank)
         choices = {"lcsc": replace(best, label="LCSC")}
         choices |= {n.partition("/")[0]: c for n, f in found.items() if n not in mains and (c := f.choice)}
         return choices | rest
@@ -413,13 +422,13 @@ def verdict(records: Mapping[str, Sequence[Record]], metric: str) -> dict[str, A
             continue
         differences = [sign * (b - a) for a, b in zip(mine.values, other.values, strict=True)]
         mean = statistics.fmean(differences)
-        std = statistics.stdev(differences) if len(differences) > 1 else math.inf
+        std = statistics.stdev(differences) if len(differences) > 1 and math.isfinite(mean) else math.inf
         gains[name] = {
             "fraction": number(mean / abs(other.value)) if other.value else None, "paired_mean": number(mean),
             "paired_std": number(std), "within_noise": not mean > 2 * std,
         }  # fmt: skip
     rivals = [name for name in gains if name in ("ema", "last")] or list(gains)
-    rival = min(rivals, key=lambda name: sign * records[name][0].value)
+    rival = min(rivals, key=lambda name: finite(sign * records[name][0].value))
     gain, label = gains[rival], LABELS.get(rival, rival)
     text = f"{metric} {mine.value:.4g} against {records[rival][0].value:.4g} of the {label}, held out"
     if gain["within_noise"]:

@@ -63,6 +63,12 @@ class ProgressLine:
         elif not self.quiet and time.monotonic() - self.last > EVERY:
             self.plain()
 
+    def finish(self) -> None:
+        """It ended before its total, and as it should."""
+        self.total = self.done
+        if self.live and self.task is not None:
+            self.live.update(self.task, total=self.total)
+
     def plain(self) -> None:
         self.last = time.monotonic()
         left = (self.total - self.done) / max(self.rate, 1e-9)

@@ -19,6 +19,7 @@ from fewstep.fitness import Fitness
 from fewstep.model import Model
 from fewstep.snapshots import Bank
 from fewstep.snapshots.search import Vector, Vectors
+from fewstep.types import FewstepError
 
 ROWS = 16  # combinations made in one pass over the bank
 
@@ -83,6 +84,13 @@ class Wearer:
 
     def __post_init__(self) -> None:
         self.own = self.model.denoiser.state_dict() if self.model else {}
+        ours, theirs = ({n: t.shape for n, t in d.items()} for d in (self.own, self.bank.tensors(self.bank.base)))
+        odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        if self.model and odd:
+            raise FewstepError(
+                f"{self.model.path} is another network than the checkpoints' ({len(odd)} tensors differ, {odd[0]} for one): "
+                "give --like a model that takes these weights"
+            )
 
     def wear(self, tensors: dict[str, Tensor]) -> Any:
         if self.model is None:
@@ -109,6 +117,7 @@ class Scorer:
     """called for each score as it comes"""
 
     def __post_init__(self) -> None:
+        distributed.barrier()  # the first process has written its last row
         self.known = {row["key"]: Score.from_json(row) for row in read_jsonl(self.file) if "cost" in row}
         bank = self.wearer.bank
         self.room = torch.empty(ROWS, bank.size, device=bank.base.device)
@@ -122,7 +131,7 @@ class Scorer:
         """At most ROWS of them; gate: for those that may be dropped; features: with the features that were scored."""
         assert len(vectors) <= ROWS
         found: list[Score | None] = [
-            None if features else self.known.get(self.key(v), self.known.get(self.key(v, search))) for v in vectors
+            None if features else self.known.get(self.key(v, search), self.known.get(self.key(v))) for v in vectors
         ]
         for score in filter(None, found):
             self.after(score)

@@ -112,9 +112,9 @@ class Evolution(Search):
     """The paper's search as we instantiate it: of all vectors so far the best 12 are parents of the next 8.
 
     A child is a parent (the k-th best drawn with weight 1/k), or with probability 0.3 a crossover of two: each gene of
-    the better with probability 0.6. Then each gene mutates with probability 0.25 by a normal step of `scale` times the
-    larger of its own size and the vector's root mean square, `scale` drawn log-uniformly in 0.05 to 1 for each child;
-    then the vector is divided by its sum.
+    the better with probability 0.6. Then each gene mutates with probability 0.25 (one does at least) by a normal step of
+    `scale` times the larger of its own size and the vector's root mean square, `scale` drawn log-uniformly in 0.05 to 1
+    for each child; then the vector is divided by its sum.
     """
 
     races, keep = True, 12
@@ -136,7 +136,10 @@ class Evolution(Search):
             child = np.where(rng.random(k) < 0.6, child, parents[worse])
         scale = math.exp(rng.uniform(math.log(0.05), 0.0))
         sizes = np.maximum(np.abs(child), np.sqrt(np.mean(child**2)))
-        return normalised(child + scale * sizes * rng.standard_normal(k) * (rng.random(k) < 0.25))
+        steps, mutates = rng.standard_normal(k), rng.random(k) < 0.25
+        if not mutates.any():  # one gene at least: a copy of its parent teaches nothing
+            mutates[rng.integers(k)] = True
+        return normalised(child + scale * sizes * steps * mutates)
 
 
 class CMAES(Search):
