@@ -125,7 +125,10 @@ def combine(
     files = checkpoint_files(given, first_nimg, last_nimg, every)
     run = Path(given[0]) if len(given) == 1 and (Path(given[0]) / "recipe.json").exists() else None
     recipe = RunDir(run).recipe() if run else None
-    if not (resume or overwrite) and (Path(out) / "search.json").exists():
+    directory = RunDir(out)
+    if directory.recipe_file.exists():
+        raise FewstepError(f"{out} holds a training run: choose another --out, e.g. {out}-lcsc")
+    if not (resume or overwrite) and (directory.path / "search.json").exists():
         raise FewstepError(f"{out} holds a search: give --resume or --overwrite, or choose another --out")
     place = distributed.start(pick_device(device))
     model = load(like or files[-1], place) if like or read_foreign_header(files[-1]) else None
@@ -149,14 +152,18 @@ def combine(
         heldout: Fitness = fitness.against(reported)
     else:
         fitness = heldout = function
-    path = Path(out) / "bank.safetensors"
-    distributed.on_first_rank(
-        lambda: fresh_bank(files, path, storage, recipe.batch_size if recipe else 1, resume, quiet)
-    )
+    path, images = directory.path / "bank.safetensors", recipe.batch_size if recipe else 1
+
+    def begin() -> None:
+        directory.path.mkdir(parents=True, exist_ok=True)
+        directory.take_lock()  # before the bank: another search may be using the one that is there
+        fresh_bank(files, path, storage, images, resume, quiet)
+
+    distributed.on_first_rank(begin)
     bank = Bank.open(path).to(place)
     return carry_out_combine(
         bank, model, fitness, heldout, out, plan, run=str(run.resolve()) if run else "", resume=resume,
-        overwrite=overwrite, quiet=quiet,
+        overwrite=overwrite, quiet=quiet, directory=directory,
     )  # fmt: skip
 
 
@@ -187,7 +194,6 @@ def fresh_bank(files: Sequence[Path], path: Path, storage: Storage, batch: int, 
                 f"{path} was built of other snapshots or storage: repeat the options, or choose another --out"
             )
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     Bank.build(files, path, storage, batch, quiet)
 
 
@@ -204,6 +210,8 @@ def average(
     given = [sources] if isinstance(sources, str | Path) else list(sources)
     first = Path(given[0])
     if len(given) == 1 and first.is_file() and first.suffix == ".json":
+        if profile:
+            raise FewstepError(f"{first} holds its own coefficients: leave out --profile")
         return rebuild(first, Path(out) if out else None)
     files = checkpoint_files(given, first_nimg, last_nimg, every)
     stored = [read_foreign_header(file).get("model", {}) for file in files]
@@ -212,7 +220,9 @@ def average(
     stds = [
         float(info["weights"].removeprefix("power-")) for info in stored if info.get("weights", "").startswith("power-")
     ]
-    if len(stds) == len(files) and profile.startswith("power"):
+    if len(stds) == len(files):
+        if not re.fullmatch(r"power[:-][\d.]+", profile):
+            raise FewstepError("from stored power-function averages only another is made: give --profile power:STD")
         vector = profiles.post_hoc(list(zip(stds, nimg, strict=True)), float(re.split("[:-]", profile)[-1]), max(nimg))
     else:
         vector = profiles.profile(profile, nimg, batch or (RunDir(run).recipe().batch_size if run else 1))

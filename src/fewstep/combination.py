@@ -9,10 +9,9 @@ import json
 import math
 import shutil
 import signal
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,10 @@ from fewstep.fitness import MEASURE, Fitness, Metric
 from fewstep.interrupts import Interrupted
 from fewstep.metrics import Record
 from fewstep.model import Model, save_model
+from fewstep.outcome import LABELS, Choice, Found, Plan, number, verdict
 from fewstep.pictures import grid, save
 from fewstep.rundir import RunDir
-from fewstep.scoring import ROWS, Gate, Scorer, Wearer, finite
+from fewstep.scoring import ROWS, Gate, Scorer, Wearer
 from fewstep.snapshots import Bank, weights_hash, write
 from fewstep.snapshots.search import DETERMINISTIC, Search, Space, Vector, searches
 from fewstep.snapshots.span import Span
@@ -40,98 +40,23 @@ from fewstep.types import FewstepError
 
 SEARCH_NOISE, RERANK_NOISE = 30_000, 40_000  # no report quotes these, nor those of fewstep.evaluation
 GRID_NOISE = 777  # as in training runs
-LABELS = {"last": "last snapshot", "uniform": "uniform average", "ema": "best EMA", "power": "best power EMA"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How to search, and how much to spend on it."""
-
-    search: str = "span"
-    """span (ours), evolution (the paper's), cmaes, random, soup, ema, power"""
-    budget: int = 60
-    """candidates that each search, the baselines' too, may evaluate"""
-    minutes: float | None = None
-    """stop searching after so long, but each search sees its first vectors; what is found is re-ranked and reported"""
-    search_seeds: int = 1
-    """search so many times with other seeds, and tell how far the results differ"""
-    num: int = 2000
-    """images for each candidate"""
-    rerank: int = 5
-    """the best few of each search that meet fresh noise"""
-    rerank_num: int = 4000
-    """images for each of those"""
-    report_num: int = 5000
-    """images per noise seed of the reported numbers"""
-    seeds: int = 3
-    """noise seeds of the report: 0, 1, 2, ..."""
-    second: tuple[str, ...] = ("kid", "prdc")
-    """metrics that are reported and were not searched"""
-    baselines: tuple[str, ...] = ("ema", "power", "random")
-    """searches to compare with, at the same budget; the last snapshot and the uniform average are always there"""
-
-    def __post_init__(self) -> None:
-        unknown = {self.search, *self.baselines} - set(searches())
-        if unknown:
-            raise FewstepError(f"unknown search {', '.join(sorted(unknown))}: choose from {', '.join(searches())}")
-        counts = (self.search_seeds, self.num - 1, self.rerank, self.rerank_num - 1, self.report_num - 1, self.seeds)
-        if min(counts) < 1 or (self.minutes is not None and self.minutes <= 0):
-            raise FewstepError("a search needs seeds and --rerank of 1 or more, images of 2 or more, --minutes above 0")
-        if set(self.second) - {"fd", "kid", "prdc"}:
-            raise FewstepError("--second metrics: choose from fd, kid, prdc")
-
-
-@dataclass
-class Found:
-    """What one search brought."""
-
-    name: str
-    tried: dict[bytes, tuple[float, Vector]] = field(default_factory=dict)
-    trace: list[tuple[int, float]] = field(default_factory=list)
-    evaluations: int = 0
-    dropped: int = 0
-    failed: int = 0
-    choice: "Choice | None" = None
-
-    @property
-    def best(self) -> float:
-        return min((cost for cost, _ in self.tried.values()), default=math.inf)
-
-    def top(self, n: int) -> list[tuple[float, Vector]]:
-        """The n best that were measured in full, best first."""
-        return sorted(self.tried.values(), key=lambda pair: pair[0])[:n]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One coefficient vector of the final comparison; costs on search and re-ranking noise."""
-
-    label: str
-    origin: str
-    coefficients: Vector
-    search: float
-    rerank: float
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "label": self.label, "from": self.origin, "coefficients": self.coefficients.tolist(),
-            "search": number(self.search), "rerank": number(self.rerank),
-        }  # fmt: skip
 
 
 def combine(
     bank: Bank, model: Model | None, fitness: Fitness, heldout: Fitness, out: str | Path, plan: Plan | None = None, *,
-    run: str = "", resume: bool = False, overwrite: bool = False, quiet: bool = False,
+    run: str = "", resume: bool = False, overwrite: bool = False, quiet: bool = False, directory: RunDir | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Search, re-rank, measure; writes OUT/combined.safetensors and returns what OUT/result.json holds.
 
     fitness: what is minimised; heldout: the same against other real images, for the report. model: the network that wears
     the weights (None: they go to a user's function as tensors). resume: go on where a killed search stopped, with the same
-    result. FewstepError for bad input, altered snapshots, a full disk; Interrupted on Ctrl-C: nothing is lost.
+    result. directory: OUT, if it is locked already. FewstepError for bad input, altered snapshots, a full disk;
+    Interrupted on Ctrl-C: nothing is lost.
     """
-    task = Combination(bank, model, fitness, heldout, Path(out), plan or Plan(), run, quiet)
-    directory = RunDir(out)
+    directory = directory or RunDir(out)
     try:
+        task = Combination(bank, model, fitness, heldout, Path(out), plan or Plan(), run, quiet)
+        task.check_budget()
         distributed.on_first_rank(lambda: task.claim(directory, resume, overwrite))
         return task.carry_out()
     except KeyboardInterrupt:
@@ -166,7 +91,8 @@ class Combination:
         if resume and not file.exists():
             raise FewstepError(f"{self.out} holds no search to resume: leave out --resume to start one there")
         self.out.mkdir(parents=True, exist_ok=True)
-        directory.take_lock()
+        if not directory.lock:
+            directory.take_lock()
         for folder in directory.leftovers():
             shutil.rmtree(folder, ignore_errors=True)
         if resume and read_json(file) != self.identity():
@@ -193,17 +119,25 @@ class Combination:
             {"plan": same, "metric": self.fitness.name, "judges": judges, "sources": sources, "storage": self.bank.storage}
         )  # fmt: skip
 
+    def searches(self) -> tuple[list[str], list[str]]:
+        """The main searches, one for each seed, and those of the baselines: evolution/0, evolution/1; ema/0."""
+        plan = self.plan
+        mains = [f"{plan.search}/{k}" for k in range(1 if plan.search in DETERMINISTIC else plan.search_seeds)]
+        return mains, [f"{name}/0" for name in plan.baselines if f"{name}/0" not in mains]
+
+    def check_budget(self) -> None:
+        """FewstepError if a search could not even begin."""
+        for name in (name for names in self.searches() for name in names):
+            if self.plan.budget < self.search(name).minimum:
+                raise FewstepError(
+                    f"--budget {self.plan.budget} is less than the {self.search(name).minimum} evaluations with which "
+                    f"{name.partition('/')[0]} begins: raise it, or choose other searches"
+                )
+
     def carry_out(self) -> dict[str, Any]:
         """The phases in order."""
         plan, began = self.plan, time.monotonic()
-        mains = [f"{plan.search}/{k}" for k in range(1 if plan.search in DETERMINISTIC else plan.search_seeds)]
-        others = [f"{name}/0" for name in plan.baselines if f"{name}/0" not in mains]
-        for name in (*mains, *others):
-            if plan.budget < self.search(name).minimum:
-                raise FewstepError(
-                    f"--budget {plan.budget} is less than the {self.search(name).minimum} evaluations with which "
-                    f"{name.partition('/')[0]} begins: raise it, or choose other searches"
-                )
+        mains, others = self.searches()
         found = {name: self.run_search(name, name in mains, began) for name in (*mains, *others)}
         choices = self.choose(found, mains)
         records = self.measure(choices, {name: found[name] for name in mains})
@@ -255,11 +189,13 @@ class Combination:
                     found.failed += not math.isfinite(score.cost)
                     if not score.dropped and math.isfinite(score.cost):
                         found.tried[vector.tobytes()] = (score.cost, vector)
+                    found.names[vector.tobytes()] = search.name_of(vector)
                     found.trace.append((found.evaluations, found.best))
                 line.note(f"best {self.fitness.name} {found.best:.4g}")
                 if main and found.best < drawn:
                     drawn = found.best
                     self.draw(found.top(1)[0][1])
+            line.finish()
         return found
 
     def late(self, began: float) -> bool:
@@ -297,7 +233,8 @@ class Combination:
                 if top:
                     k = min(range(len(top)), key=lambda k: scores[k].cost)
                     label = LABELS.get(name.partition("/")[0], name.replace("/", ", seed "))
-                    found[name].choice = Choice(label, name, vectors[k], top[k][0], scores[k].cost)
+                    profile = found[name].names[vectors[k].tobytes()]
+                    found[name].choice = Choice(label, name, vectors[k], top[k][0], scores[k].cost, profile)
             known = {key: cost for f in found.values() for key, (cost, _) in f.tried.items()}
             rest = {
                 name: Choice(LABELS[name], name, v, known.get(v.tobytes(), math.inf), scorer(v[None], name)[0].cost)
@@ -411,38 +348,6 @@ class Combination:
             "images": sum(row["images"] for row in rows), "seconds": round(sum(row["seconds"] for row in rows), 1),
             "budget": self.plan.budget,
         }  # fmt: skip
-
-
-def verdict(records: Mapping[str, Sequence[Record]], metric: str) -> dict[str, Any]:
-    """LCSC against each of the others on the searched metric, held out: paired over the noise seeds."""
-    sign = 1 if metric in ("fd", "kid") or metric not in MEASURE else -1
-    mine, gains = records["lcsc"][0], {}
-    for name, (other, *_) in records.items():
-        if name == "lcsc" or "/" in name:
-            continue
-        differences = [sign * (b - a) for a, b in zip(mine.values, other.values, strict=True)]
-        mean = statistics.fmean(differences)
-        std = statistics.stdev(differences) if len(differences) > 1 and math.isfinite(mean) else math.inf
-        gains[name] = {
-            "fraction": number(mean / abs(other.value)) if other.value else None, "paired_mean": number(mean),
-            "paired_std": number(std), "within_noise": not mean > 2 * std,
-        }  # fmt: skip
-    rivals = [name for name in gains if name in ("ema", "last")] or list(gains)
-    rival = min(rivals, key=lambda name: finite(sign * records[name][0].value))
-    gain, label = gains[rival], LABELS.get(rival, rival)
-    text = f"{metric} {mine.value:.4g} against {records[rival][0].value:.4g} of the {label}, held out"
-    if gain["within_noise"]:
-        text = f"No gain beyond the noise: {text} over {len(mine.seeds)} noise seed(s)."
-    else:
-        text = (
-            f"LCSC improves {text}: {100 * (gain['fraction'] or 0):.0f} %, beyond the noise of {len(mine.seeds)} seeds."
-        )
-    return {"gains": gains, "verdict": text}
-
-
-def number(value: float) -> float | None:
-    """For strict JSON."""
-    return float(value) if math.isfinite(value) else None
 
 
 __all__ = ["Combination", "Plan", "combine"]

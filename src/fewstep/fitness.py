@@ -1,5 +1,6 @@
 """What a search over checkpoints minimises: a metric of generated images, or a function of the user's."""
 
+import hashlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -126,8 +127,14 @@ def load_function(text: str) -> Function:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(file.stem, module)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise FewstepError(f"--metric {text}: {file} cannot be run ({type(error).__name__}: {error})") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise FewstepError(f"--metric {text}: {file} has no function {name}(model, seed)")
-    return Function(text, function)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[
+        :8
+    ]  # scores of another version must not be taken for its own
+    return Function(f"{text}#{digest}", function)

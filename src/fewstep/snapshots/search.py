@@ -82,6 +82,10 @@ class Search(ABC):
         """Evaluations below which it has only seen its starts."""
         return len(self.space.starts) + 1
 
+    def name_of(self, vector: Vector) -> str:
+        """The profile that a vector it asked is, e.g. ema:0.99; empty where it has no name."""
+        return ""
+
     @abstractmethod
     def generations(self) -> Generations:
         """Yields vectors, each of sum 1, and is sent their costs, and features [n, d] where they have any."""
@@ -188,6 +192,10 @@ class Grid(Search):
     def __init__(self, space: Space, seed: int = 0, resolution: float = 0.01):
         super().__init__(space, seed)
         self.resolution = resolution
+        self.names: dict[bytes, str] = {}
+
+    def name_of(self, vector: Vector) -> str:
+        return self.names.get(vector.tobytes(), "")
 
     @property
     def minimum(self) -> int:
@@ -198,8 +206,13 @@ class Grid(Search):
         """The family's parameter, positive, increasing."""
 
     @abstractmethod
+    def member(self, parameter: float) -> tuple[str, Vector]:
+        """The profile's name and its vector."""
+
     def vector(self, parameter: float) -> Vector:
-        """The member of the family."""
+        name, vector = self.member(parameter)
+        self.names[vector.tobytes()] = name
+        return vector
 
     def generations(self) -> Generations:
         tried: dict[float, float] = {}
@@ -219,8 +232,9 @@ class EMAGrid(Grid):
     def grid(self) -> Sequence[float]:
         return (-self.space.batch / np.log(profiles.ema_grid(self.space.nimg, self.space.batch, 12))).tolist()
 
-    def vector(self, parameter: float) -> Vector:
-        return profiles.ema(self.space.nimg, math.exp(-self.space.batch / parameter), self.space.batch)
+    def member(self, parameter: float) -> tuple[str, Vector]:
+        decay = math.exp(-self.space.batch / parameter)
+        return f"ema:{decay:.6g}", profiles.ema(self.space.nimg, decay, self.space.batch)
 
 
 class PowerGrid(Grid):
@@ -229,8 +243,8 @@ class PowerGrid(Grid):
     def grid(self) -> Sequence[float]:
         return profiles.power_grid(12).tolist()
 
-    def vector(self, parameter: float) -> Vector:
-        return profiles.power(self.space.nimg, parameter)
+    def member(self, parameter: float) -> tuple[str, Vector]:
+        return f"power:{parameter:.4g}", profiles.power(self.space.nimg, parameter)
 
 
 class Random(Search):

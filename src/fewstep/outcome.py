@@ -1,0 +1,147 @@
+"""What a search for coefficients is asked for, and what it brings: values, without files or networks."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fewstep.fitness import MEASURE
+from fewstep.metrics import Record
+from fewstep.metrics.record import LOWER_IS_BETTER
+from fewstep.snapshots.search import Vector, searches
+from fewstep.types import FewstepError
+
+LABELS = {
+    "last": "last snapshot", "uniform": "uniform average", "ema": "best EMA", "power": "best power EMA",
+    "random": "random search", "soup": "greedy soup",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How to search, and how much to spend on it."""
+
+    search: str = "span"
+    """span (ours), evolution (the paper's), cmaes, random, soup, ema, power"""
+    budget: int = 60
+    """candidates that each search, the baselines' too, may evaluate"""
+    minutes: float | None = None
+    """stop searching after so long, but each search sees its first vectors; what is found is re-ranked and reported"""
+    search_seeds: int = 1
+    """search so many times with other seeds, and tell how far the results differ"""
+    num: int = 2000
+    """images for each candidate"""
+    rerank: int = 5
+    """the best few of each search that meet fresh noise"""
+    rerank_num: int = 4000
+    """images for each of those"""
+    report_num: int = 5000
+    """images per noise seed of the reported numbers"""
+    seeds: int = 3
+    """noise seeds of the report: 0, 1, 2, ..."""
+    second: tuple[str, ...] = ("kid", "prdc")
+    """metrics that are reported and were not searched"""
+    baselines: tuple[str, ...] = ("ema", "power", "random")
+    """searches to compare with, at the same budget; the last snapshot and the uniform average are always there"""
+
+    def __post_init__(self) -> None:
+        unknown = {self.search, *self.baselines} - set(searches())
+        if unknown:
+            raise FewstepError(f"unknown search {', '.join(sorted(unknown))}: choose from {', '.join(searches())}")
+        counts = (self.search_seeds, self.num - 1, self.rerank, self.rerank_num - 1, self.report_num - 1, self.seeds)
+        if min(counts) < 1 or (self.minutes is not None and self.minutes <= 0):
+            raise FewstepError("a search needs seeds and --rerank of 1 or more, images of 2 or more, --minutes above 0")
+        if "prdc" in self.second and self.report_num < 10:
+            raise FewstepError("prdc needs 10 images or more: raise --report-num, or leave it out of --second")
+        if set(self.second) - {"fd", "kid", "prdc"}:
+            raise FewstepError("--second metrics: choose from fd, kid, prdc")
+
+
+@dataclass
+class Found:
+    """What one search brought."""
+
+    name: str
+    tried: dict[bytes, tuple[float, Vector]] = field(default_factory=dict)
+    trace: list[tuple[int, float]] = field(default_factory=list)
+    evaluations: int = 0
+    dropped: int = 0
+    failed: int = 0
+    names: dict[bytes, str] = field(default_factory=dict)
+    """the profile that a vector is, where it has a name"""
+    choice: "Choice | None" = None
+
+    @property
+    def best(self) -> float:
+        return min((cost for cost, _ in self.tried.values()), default=math.inf)
+
+    def top(self, n: int) -> list[tuple[float, Vector]]:
+        """The n best that were measured in full, best first."""
+        return sorted(self.tried.values(), key=lambda pair: pair[0])[:n]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One coefficient vector of the final comparison; costs on search and re-ranking noise."""
+
+    label: str
+    origin: str
+    coefficients: Vector
+    search: float
+    rerank: float
+    profile: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "label": self.label, "from": self.origin, "profile": self.profile,
+            "coefficients": self.coefficients.tolist(), "search": number(self.search), "rerank": number(self.rerank),
+        }  # fmt: skip
+
+
+def verdict(records: Mapping[str, Sequence[Record]], metric: str) -> dict[str, Any]:
+    """LCSC against each of the others on the searched metric, held out: paired over the noise seeds."""
+    sign = 1 if metric in LOWER_IS_BETTER or metric not in MEASURE else -1
+    mine, gains = records["lcsc"][0], {}
+    for name, (other, *_) in records.items():
+        if name == "lcsc" or "/" in name:
+            continue
+        differences = [sign * (b - a) for a, b in zip(mine.values, other.values, strict=True)]
+        mean = statistics.fmean(differences)
+        std = statistics.stdev(differences) if len(differences) > 1 and math.isfinite(mean) else math.inf
+        gains[name] = {
+            "fraction": number(mean / abs(other.value)) if other.value else None, "paired_mean": number(mean),
+            "paired_std": number(std), "within_noise": not abs(mean) > 2 * std,
+        }  # fmt: skip
+    return {"gains": gains, "verdict": sentence(gains, records, metric, sign)}
+
+
+def sentence(gains: Mapping[str, Any], records: Mapping[str, Sequence[Record]], metric: str, sign: int) -> str:
+    """The verdict in words, against the better of best EMA and last snapshot; others that do as well are named."""
+
+    def cost(name: str) -> float:
+        value = sign * records[name][0].value
+        return value if math.isfinite(value) else math.inf
+
+    rival = min([name for name in gains if name in ("ema", "last")] or list(gains), key=cost)
+    gain, mine = gains[rival], records["lcsc"][0]
+    numbers = (
+        f"{metric} {mine.value:.4g} against {records[rival][0].value:.4g} of the {LABELS.get(rival, rival)}, held out"
+    )
+    share, beyond = abs(100 * (gain["fraction"] or 0)), f"beyond the noise of {len(mine.seeds)} seeds"
+    if gain["within_noise"]:
+        more = "; one seed shows no noise, give more --seeds" if len(mine.seeds) == 1 else ""
+        text = f"No gain beyond the noise: {numbers} over {len(mine.seeds)} noise seed(s){more}."
+    elif (gain["paired_mean"] or 0) < 0:
+        text = f"LCSC is worse: {numbers}: {share:.0f} %, {beyond}."
+    else:
+        text = f"LCSC improves {numbers}: {share:.0f} %, {beyond}."
+    equals = [
+        LABELS.get(n, n) for n, g in gains.items() if n != rival and (g["within_noise"] or (g["paired_mean"] or 0) < 0)
+    ]
+    return text + f" As good or better: {', '.join(equals)}." * bool(equals)
+
+
+def number(value: float) -> float | None:
+    """For strict JSON."""
+    return float(value) if math.isfinite(value) else None
