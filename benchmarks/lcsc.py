@@ -8,15 +8,17 @@
 
 Parts: `seeds` (3 search seeds on each run, all baselines at equal evaluations), `evaluations` (evolution's 400 candidates
 against the span search's few), `training` (windows that end earlier), `steps` (1 step after against 2 before), `diffusion`
-(solver steps before and after).
+(solver steps before and after), `storage` (what a bank's rounding does to the metric).
 """
 
+import itertools
 import json
+import math
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,13 +26,16 @@ import torch
 import tyro
 
 import fewstep
-from fewstep.api import Plan, halves
+from fewstep.api import Plan, halves, write_combination
 from fewstep.environment import environment
 from fewstep.evaluation import Generator, evaluate, search_second_sigma
+from fewstep.fitness import Metric
 from fewstep.metrics import load_extractor
 from fewstep.model import load
+from fewstep.samplers import FewStep
+from fewstep.snapshots import read_header
 
-Part = Literal["seeds", "evaluations", "training", "steps", "diffusion"]
+Part = Literal["seeds", "evaluations", "training", "steps", "diffusion", "storage"]
 
 
 def held(result: dict[str, Any], name: str = "lcsc", metric: str = "fd") -> float:
@@ -102,49 +107,61 @@ def training(runs: list[Path]) -> dict[str, Any]:
             result = search(run, plan, last_nimg=int(total * share))
             last = result["snapshots"][-1]["nimg"]
             found.setdefault(str(run), {})[last] = {name: held(result, name) for name in ("lcsc", "ema", "last")}
-    return {"runs": found}
+    return {"runs": found, "reduction": {run: reduction(rows) for run, rows in found.items()}}
+
+
+def reduction(rows: dict[int, dict[str, float]]) -> dict[str, float]:
+    """Images after which the best EMA of the whole run is matched by LCSC (interpolated), and the ratio."""
+    seen, goal = sorted(rows), min(row["ema"] for row in rows.values())
+    at = min((n for n in seen if rows[n]["ema"] == goal), default=seen[-1])
+    for a, b in itertools.pairwise(seen):
+        x, y = rows[a]["lcsc"], rows[b]["lcsc"]
+        if y <= goal:
+            needed = a + (b - a) * max(0.0, (x - goal) / (x - y)) if x > goal else a
+            return {"goal": goal, "ema_images": at, "lcsc_images": needed, "ratio": at / needed}
+    return {"goal": goal, "ema_images": at, "lcsc_images": math.inf, "ratio": 0.0}
 
 
 def steps(runs: list[Path]) -> dict[str, Any]:
-    """One step after LCSC against one and two steps of the best EMA, the second step's noise level searched for each."""
+    """One step after LCSC against two steps before: of the EMA that is best in two, its second noise level searched too."""
     found = {}
     for run in runs:
+        plan = Plan(search="span", budget=60, rerank=3, second=("kid",), baselines=("ema",))
+        result = search(run, plan)
         with tempfile.TemporaryDirectory() as folder:
-            plan = Plan(search="span", budget=60, rerank=3, second=("kid",), baselines=("ema",))
-            result = fewstep.combine(run, folder, plan, quiet=True)
-            ema = Path(folder, "ema.safetensors")
-            told = json.loads(Path(folder, "result.json").read_text())
-            told |= {"coefficients": told["candidates"]["ema"]["coefficients"]}
-            rebuilt(told, ema)
-            rows: dict[str, Any] = {"lcsc 1": held(result), "ema 1": held(result, "ema")}
-            for name, path in (("ema", ema), ("lcsc", Path(folder, "combined.safetensors"))):
-                rows |= {f"{name} 2": two_steps(path, run)}
-        found[str(run)] = rows
+            sigma = fewstep.load(run).info.second_sigma
+            for _ in range(2):  # rate and noise level in turn
+                two = search(run, replace(plan, search="ema", baselines=()), steps=2, second_sigma=sigma)
+                ema = Path(folder, "ema.safetensors")
+                rebuilt(two, ema)
+                sigma, before = two_steps(ema)
+            lcsc = Path(folder, "lcsc.safetensors")
+            rebuilt(result, lcsc)
+            found[str(run)] = {
+                "lcsc 1": held(result), "ema 1": held(result, "ema"), "ema 2": before, "sigma": sigma,
+                "lcsc 2": two_steps(lcsc)[1],
+            }  # fmt: skip
     return {"runs": found}
 
 
 def rebuilt(told: dict[str, Any], out: Path) -> None:
     """The weights of these coefficients."""
-    from fewstep.api import write_combination
-
     files, hashes = zip(*((Path(s["path"]), s["sha256"]) for s in told["snapshots"]), strict=True)
     write_combination(out, files, hashes, told["coefficients"], out.stem)
 
 
-def two_steps(path: Path, run: Path) -> dict[str, float]:
-    """Second noise level searched on the search half, the distance held out."""
-    model, recipe = load(path), fewstep.load(run).info
-    features = load_extractor("digits")
+def two_steps(path: Path) -> tuple[float, float]:
+    """The second noise level searched on the search half, and the distance with it, held out."""
+    model, features = load(path), load_extractor("digits")
     searched, reported = halves(model, "digits", features, 0.5)
-    arch = recipe.architecture
+    arch = model.info.architecture
     make = Generator(model.denoiser, arch.shape, arch.num_classes)
     sigma, _ = search_second_sigma(make, searched, features, 2000)
-    sampler = fewstep.samplers.FewStep((80.0, sigma))
-    return {"sigma": sigma, "fd": evaluate(make, sampler, reported, features, 5000, (0, 1, 2))[0].value}
+    return sigma, evaluate(make, FewStep((80.0, sigma)), reported, features, 5000, (0, 1, 2))[0].value
 
 
 def diffusion(runs: list[Path]) -> dict[str, Any]:
-    """Held-out distance by solver and steps: best EMA (searched at those steps) and LCSC (searched at those steps)."""
+    """Held-out distance by solver and steps: best EMA and LCSC, both searched at those steps; the EMA at more steps too."""
     plan = Plan(
         search="span",
         budget=34,
@@ -157,11 +174,55 @@ def diffusion(runs: list[Path]) -> dict[str, Any]:
     )
     found: dict[str, Any] = {}
     for run in runs:
-        for solver, counts in (("dpm", (4, 5, 6, 8)), ("heun", (4, 5, 6))):
+        rows = found.setdefault(str(run), {})
+        for solver, counts, more in (("dpm", (4, 5, 6, 8), (10, 12, 16)), ("heun", (4, 5, 6), (8, 9))):
             for count in counts:
                 result = search(run, plan, steps=count, solver=solver)
                 row = {name: held(result, name) for name in ("lcsc", "ema", "last")}
-                found.setdefault(str(run), {})[f"{solver} {count}"] = {**row, "nfe": result["sampler"]["nfe"]}
+                rows[f"{solver} {count}"] = {**row, "nfe": result["sampler"]["nfe"]}
+            for count in more:
+                result = search(run, replace(plan, search="ema", baselines=()), steps=count, solver=solver)
+                rows[f"{solver} {count}"] = {"ema": held(result), "nfe": result["sampler"]["nfe"]}
+    return {"runs": found}
+
+
+def storage(runs: list[Path]) -> dict[str, Any]:
+    """The Frechet distance of combinations made by each kind of bank against float64: relative differences, largest first.
+
+    Vectors: 5 of normal coefficients around an EMA, scaled so that the largest is 0.5, 2 and 6, divided to sum 1.
+    """
+    import numpy as np
+
+    from fewstep.snapshots import Bank, checkpoint_files
+    from fewstep.snapshots.profiles import ema
+
+    found: dict[str, Any] = {}
+    for run in runs:
+        model, features = fewstep.load(f"{run}:online"), load_extractor("digits")
+        _, reference = halves(model, "digits", features, 0.5)
+        metric = Metric("fd", model.info.sampler(1), features, reference)
+        files = checkpoint_files([run])
+        start = ema([read_header(file)["model"]["nimg"] for file in files], 0.98, 128)
+        rng, vectors = np.random.default_rng(0), {}
+        for size in (0.5, 2.0, 6.0):
+            for k in range(5):
+                step = rng.standard_normal(len(files))
+                step -= step.mean()
+                vectors[f"{size:g}/{k}"] = start + step * (size / np.abs(step).max())
+        truth: dict[str, float] = {}
+        for kind in ("fp32", "bf16", "int8"):
+            with tempfile.TemporaryDirectory() as folder:
+                bank = Bank.build(files, Path(folder, "bank"), kind, quiet=True)
+                rows = found.setdefault(str(run), {}).setdefault(kind, {})
+                for name, vector in vectors.items():
+                    c = torch.from_numpy(vector)
+                    if name not in truth:
+                        model.denoiser.load_state_dict(bank.exact(c))
+                        truth[name] = metric.cost(model, metric.features(model, 0, 2000, 7), 7)
+                    model.denoiser.load_state_dict(bank.tensors(bank.combine(c[None])[0]))
+                    value = metric.cost(model, metric.features(model, 0, 2000, 7), 7)
+                    size = name.split("/")[0]
+                    rows[size] = max(rows.get(size, 0.0), abs(value / truth[name] - 1))
     return {"runs": found}
 
 
@@ -174,6 +235,7 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[list[Path]], dict[str, Any]]] = {
     "seeds": seeds, "evaluations": evaluations, "training": training, "steps": steps, "diffusion": diffusion,
+    "storage": storage,
 }  # fmt: skip
 
 
@@ -182,12 +244,10 @@ def main(part: tyro.conf.Positional[Part], runs: list[Path], out: Path) -> None:
     torch.set_num_threads(1)
     began = time.monotonic()
     found = PARTS[part](runs)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     command = f"python benchmarks/lcsc.py {part} --runs {' '.join(map(str, runs))}"
     result = {
         "what": PARTS[part].__doc__,
         "command": command,
-        "commit": commit,
         "seconds": round(time.monotonic() - began),
     }
     out.parent.mkdir(parents=True, exist_ok=True)

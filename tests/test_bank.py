@@ -458,7 +458,8 @@ def test_which_checkpoints_the_arguments_mean(tmp_path, states):
     for sources, limits, words in (
         ([tmp_path / "none"], {}, "does not exist"),
         ([run[0]], {}, "at least 2"),
-        ([], {}, "0 checkpoint"),
+        ([], {}, "give a run directory, or checkpoint files"),
+        ([foreign / f"step{i}.pt" for i in (1, 10, 2)], {}, "the shell's order"),
         ([tmp_path / "run"], {"first_nimg": 600}, "1 checkpoint"),
         ([foreign], {"first_nimg": 1}, "does not tell its images seen"),
         ([folder, run[1]], {"last_nimg": 10**9}, "does not tell its images seen"),

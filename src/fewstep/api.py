@@ -20,14 +20,24 @@ from fewstep.evaluation import evaluate as evaluate_stream
 from fewstep.files import read_json
 from fewstep.fitness import Fitness, Function, Metric, load_function
 from fewstep.metrics import Extractor, Record, Reference, load_extractor
-from fewstep.model import Model, load, read_info, save_model
+from fewstep.model import Model, find, load, read_info, save_model
 from fewstep.objectives import Networks, PairObjective
 from fewstep.progress import Progress
 from fewstep.recipes import recipe as get_recipe
 from fewstep.run import train
 from fewstep.rundir import RunDir
 from fewstep.samplers import Sampler
-from fewstep.snapshots import Bank, Storage, checkpoint_files, exact, profiles, read_checkpoint, weights_hash, write
+from fewstep.snapshots import (
+    Bank,
+    Storage,
+    checkpoint_files,
+    exact,
+    profiles,
+    read_checkpoint,
+    read_header,
+    weights_hash,
+    write,
+)
 from fewstep.snapshots.sources import read_foreign_header
 from fewstep.types import FewstepError, Labels, Sample
 
@@ -123,7 +133,7 @@ def combine(
     """
     given = [sources] if isinstance(sources, str | Path) else list(sources)
     files = checkpoint_files(given, first_nimg, last_nimg, every)
-    run = Path(given[0]) if len(given) == 1 and (Path(given[0]) / "recipe.json").exists() else None
+    run = run_of(given)
     recipe = RunDir(run).recipe() if run else None
     directory = RunDir(out)
     if directory.recipe_file.exists():
@@ -132,6 +142,8 @@ def combine(
         raise FewstepError(f"{out} holds a search: give --resume or --overwrite, or choose another --out")
     place = distributed.start(pick_device(device))
     model = load(like or files[-1], place) if like or read_foreign_header(files[-1]) else None
+    if second_sigma is None and run and not like:  # a search for it has stored it with the run's best weights
+        second_sigma = read_info(read_header(find(run)), run).second_sigma
     if model and second_sigma is not None:
         model = replace(model, info=replace(model.info, second_sigma=second_sigma))
     function = load_function(metric) if isinstance(metric, str) and ":" in metric else metric
@@ -159,12 +171,24 @@ def combine(
         directory.take_lock()  # before the bank: another search may be using the one that is there
         fresh_bank(files, path, storage, images, resume, quiet)
 
-    distributed.on_first_rank(begin)
-    bank = Bank.open(path).to(place)
+    try:
+        distributed.on_first_rank(begin)
+        bank = Bank.open(path).to(place)
+    except BaseException:
+        directory.release()
+        raise
     return carry_out_combine(
         bank, model, fitness, heldout, out, plan, run=str(run.resolve()) if run else "", resume=resume,
         overwrite=overwrite, quiet=quiet, directory=directory,
     )  # fmt: skip
+
+
+def run_of(sources: Sequence[str | Path]) -> Path | None:
+    """The run directory that the sources are, or are the snapshots of."""
+    folders = {Path(s) if (Path(s) / "recipe.json").exists() else Path(s).absolute().parent for s in sources}
+    folders = {folder.parent if folder.name == "snapshots" else folder for folder in folders}
+    only = folders.pop() if len(folders) == 1 else None
+    return only if only and (only / "recipe.json").exists() else None
 
 
 def halves(model: Model, data: str | DataSpec, extractor: Extractor, share: float) -> tuple[Reference, Reference]:
@@ -188,6 +212,7 @@ def fresh_bank(files: Sequence[Path], path: Path, storage: Storage, batch: int, 
     """Make the bank of these files; one that a resumed search has must still be of what its sources hold."""
     if resume and path.exists():
         bank = Bank.open(path)
+        bank.check()
         bank.verify()
         if ([source.path for source in bank.sources], bank.storage) != ([str(f.absolute()) for f in files], storage):
             raise FewstepError(
@@ -208,6 +233,8 @@ def average(
     averages/PROFILE-snapshots.safetensors. Returns what was written and its coefficients.
     """
     given = [sources] if isinstance(sources, str | Path) else list(sources)
+    if not given:
+        raise FewstepError("give a run directory, checkpoint files or a result.json")
     first = Path(given[0])
     if len(given) == 1 and first.is_file() and first.suffix == ".json":
         if profile:
@@ -216,20 +243,28 @@ def average(
     files = checkpoint_files(given, first_nimg, last_nimg, every)
     stored = [read_foreign_header(file).get("model", {}) for file in files]
     nimg = [info.get("nimg", i) for i, info in enumerate(stored)]
-    run = first if len(given) == 1 and (first / "recipe.json").exists() else None
+    if not profile:
+        raise FewstepError("--profile: give ema:DECAY, power:STD, uniform or last, e.g. --profile ema:0.999")
+    run = run_of(given)
+    if run is None and batch is None and stored[-1] and profile.startswith("ema"):
+        raise FewstepError(
+            "--batch: give the images per optimizer step, which these files do not tell, or the run directory"
+        )
     stds = [
         float(info["weights"].removeprefix("power-")) for info in stored if info.get("weights", "").startswith("power-")
     ]
     if len(stds) == len(files):
-        if not re.fullmatch(r"power[:-][\d.]+", profile):
+        if not re.fullmatch(r"power[:-](\d+\.?\d*|\.\d+)", profile):
             raise FewstepError("from stored power-function averages only another is made: give --profile power:STD")
-        vector = profiles.post_hoc(list(zip(stds, nimg, strict=True)), float(re.split("[:-]", profile)[-1]), max(nimg))
+        vector = profiles.post_hoc(list(zip(stds, nimg, strict=True)), float(profile[len("power:") :]), max(nimg))
     else:
         vector = profiles.profile(profile, nimg, batch or (RunDir(run).recipe().batch_size if run else 1))
     name = f"{profile.replace(':', '-')}-snapshots"
     if out is None and run is None:
         raise FewstepError("--out: give the file to write, for these sources are no run directory")
     path = Path(out) if out else run / "averages" / f"{name}.safetensors"  # type: ignore[operator]
+    if path.is_dir():
+        raise FewstepError(f"--out {path} is a folder: give the file to write, e.g. {path / name}.safetensors")
     hashes = [read_checkpoint(file).weights_sha256 for file in files]
     digest = write_combination(path, files, hashes, vector.tolist(), name)
     return {

@@ -104,26 +104,30 @@ class Combination:
         else:
             for name in ("evaluations.jsonl", "result.json", "combined.safetensors", "report.html", "best.png"):
                 (self.out / name).unlink(missing_ok=True)
+            shutil.rmtree(self.out / "features", ignore_errors=True)
             write_json(file, self.identity())
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed search must share with the one that was begun; time limits may change."""
+        """What a resumed search must share with the one that was begun; time limits and report may change."""
         judges = [
             [j.sampler.sigmas, type(j.sampler).__name__, j.extractor.sha256, j.reference.sha256]
             for j in (self.fitness, self.heldout)
             if isinstance(j, Metric)
         ]
-        same = replace(self.plan, minutes=None)
+        same = replace(self.plan, minutes=None, report_num=1000, seeds=1, second=())
         sources = [source.sha256 for source in self.bank.sources]
         return codec.encode(
             {"plan": same, "metric": self.fitness.name, "judges": judges, "sources": sources, "storage": self.bank.storage}
         )  # fmt: skip
 
     def searches(self) -> tuple[list[str], list[str]]:
-        """The main searches, one for each seed, and those of the baselines: evolution/0, evolution/1; ema/0."""
-        plan = self.plan
-        mains = [f"{plan.search}/{k}" for k in range(1 if plan.search in DETERMINISTIC else plan.search_seeds)]
-        return mains, [f"{name}/0" for name in plan.baselines if f"{name}/0" not in mains]
+        """The main searches, one for each seed, and those of the baselines, of as many: span/0, span/1; ema/0, random/0, ..."""
+
+        def seeds(name: str) -> list[str]:
+            return [f"{name}/{k}" for k in range(1 if name in DETERMINISTIC else self.plan.search_seeds)]
+
+        others = (name for name in self.plan.baselines if name != self.plan.search)
+        return seeds(self.plan.search), [name for kind in others for name in seeds(kind)]
 
     def check_budget(self) -> None:
         """FewstepError if a search could not even begin."""
@@ -138,7 +142,9 @@ class Combination:
         """The phases in order."""
         plan, began = self.plan, time.monotonic()
         mains, others = self.searches()
-        found = {name: self.run_search(name, name in mains, began) for name in (*mains, *others)}
+        found, names = {}, [*mains, *others]
+        for i, name in enumerate(names):
+            found[name] = self.run_search(name, name in mains, began, (i + 1) / len(names))
         choices = self.choose(found, mains)
         records = self.measure(choices, {name: found[name] for name in mains})
         chosen = choices["lcsc"]
@@ -152,13 +158,14 @@ class Combination:
             "traces": {name: [[n, number(cost)] for n, cost in f.trace] for name, f in found.items()},
             "searches": {name: self.summary(found[name], records.get(name, [])) for name in mains},
             "seed_spread": self.spread([found[name] for name in mains]) if len(mains) > 1 else None,
-            **verdict(records, self.fitness.name), "cost": self.cost(found),
+            **verdict(records, self.fitness.name, chosen.label), "cost": self.cost(found),
             "noise": {"search": SEARCH_NOISE, "rerank": RERANK_NOISE, "report": list(range(plan.seeds))},
             "num": {"search": plan.num, "rerank": plan.rerank_num, "report": plan.report_num},
             "environment": environment(str(self.bank.base.device)),
         }  # fmt: skip
         if self.main:
             write_json(self.out / "result.json", result)
+            shutil.rmtree(self.out / "features", ignore_errors=True)
         distributed.barrier()
         return result
 
@@ -170,14 +177,14 @@ class Combination:
             made.slope = self.fitness.slope()
         return made
 
-    def run_search(self, name: str, main: bool, began: float) -> Found:
-        """Until its budget or the time is spent; scores that are on the disk are taken from there."""
+    def run_search(self, name: str, main: bool, began: float, share: float) -> Found:
+        """Until its budget, or this share of the time, is spent; scores that are on the disk are taken from there."""
         plan, search, found, drawn = self.plan, self.search(name), Found(name), math.inf
         gate = Gate(search.keep) if search.races else None
         features = isinstance(search, Span) and search.slope is not None
         with ProgressLine(f"search {name}", plan.budget, unit="eval", quiet=self.quiet or not self.main) as line:
             scorer = Scorer(self.wearer, self.fitness, plan.num, SEARCH_NOISE, self.file, lambda _: line.advance(1))
-            while found.evaluations < plan.budget and not (found.evaluations and self.late(began)):
+            while found.evaluations < plan.budget and not (found.evaluations and self.late(began, share)):
                 vectors = search.ask(min(ROWS, plan.budget - found.evaluations))
                 if not len(vectors):
                     break
@@ -198,13 +205,13 @@ class Combination:
             line.finish()
         return found
 
-    def late(self, began: float) -> bool:
-        """Whether the time is spent; all processes go by the clock of the first."""
+    def late(self, began: float, share: float) -> bool:
+        """Whether this share of the time is spent; all processes go by the clock of the first."""
         if self.plan.minutes is None:
             return False
         spent = torch.tensor([time.monotonic() - began if self.main else 0.0], device=self.bank.base.device)
         distributed.sum_over_ranks([spent])
-        return bool(spent.item() > 60 * self.plan.minutes)
+        return bool(spent.item() > 60 * self.plan.minutes * share)
 
     def draw(self, vector: Vector) -> None:
         """OUT/best.png: samples of the best so far, from the same noise each time."""
@@ -246,8 +253,11 @@ class Combination:
                 f"no candidate of {plan.search} has a finite {self.fitness.name}: is the metric right for these weights?"
             )
         best = min(able, key=lambda choice: choice.rerank)
-        choices = {"lcsc": replace(best, label="LCSC")}
-        choices |= {n.partition("/")[0]: c for n, f in found.items() if n not in mains and (c := f.choice)}
+        choices = {"lcsc": best if plan.search in ("ema", "power", "soup") else replace(best, label="LCSC")}
+        for name, f in found.items():
+            kind = name.partition("/")[0]
+            if name not in mains and f.choice and (kind not in choices or f.choice.rerank < choices[kind].rerank):
+                choices[kind] = f.choice
         return choices | rest
 
     def measure(self, choices: Mapping[str, Choice], mains: Mapping[str, Found]) -> dict[str, list[Record]]:
@@ -259,7 +269,7 @@ class Combination:
         images = self.plan.report_num * self.plan.seeds * len({**choices, **several})
         with ProgressLine("held-out numbers", images, quiet=self.quiet or not self.main) as line:
             for name, choice in ({**choices, **several} if self.main else {}).items():
-                key = f"{name}|{weights_hash({'c': torch.from_numpy(choice.coefficients)})[:24]}"
+                key = self.report_key(name, choice)
                 if key in kept:
                     records[name] = [Record.from_json(row) for row in kept[key]]
                     line.advance(self.plan.report_num * self.plan.seeds)
@@ -272,9 +282,15 @@ class Combination:
                 append_jsonl(self.file, {"report": key, "records": [r.to_json() for r in records[name]]})
         distributed.barrier()
         if not self.main:  # the rows are on the disk that all processes share
-            rows = {row["report"].partition("|")[0]: row["records"] for row in read_jsonl(self.file) if "report" in row}
-            records = {name: [Record.from_json(row) for row in rows[name]] for name in (*choices, *several)}
+            rows = {row["report"]: row["records"] for row in read_jsonl(self.file) if "report" in row}
+            for name, choice in {**choices, **several}.items():
+                records[name] = [Record.from_json(row) for row in rows[self.report_key(name, choice)]]
         return records
+
+    def report_key(self, name: str, choice: Choice) -> str:
+        """Of held-out records: whose they are, and how they were measured."""
+        plan, digest = self.plan, weights_hash({"c": torch.from_numpy(choice.coefficients)})[:24]
+        return f"{name}|{digest}|{plan.report_num}|{plan.seeds}|{','.join(plan.second)}"
 
     def records(self, name: str, tensors: dict[str, torch.Tensor], tick: Callable[[int], None]) -> list[Record]:
         """The searched metric first, then the second ones."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fewstep.api import Plan, combine, generator, halves
+from fewstep.api import Plan, average, combine, generator, halves
 from fewstep.console import ProgressLine, say
 from fewstep.data import open_images, to_uint8
 from fewstep.environment import environment
@@ -87,6 +87,8 @@ def carry_out(out: Path, seed: int, overwrite: bool, quick: bool) -> dict[str, A
             f"{name}_1": Record.from_json(found["records"][source][0])
             for name, source in (("lcsc", "lcsc"), ("best_ema", "ema"), ("last", "last"))
         }
+        ema = average(out / "ect", found["candidates"]["ema"]["profile"])
+        say(f"best EMA over the same snapshots: {ema['profile']}, in {ema['out']}")
         records |= measure_all({"lcsc_2": (combined, combined.info.sampler(2))}, heldout, extractor, num)
     with phase("pictures and report"):
         save(out / "samples.png", panels(diffusion, tuned, combined))

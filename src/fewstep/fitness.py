@@ -111,7 +111,11 @@ class Function:
         return None
 
     def cost(self, model: Any, features: Tensor | None, seed: int, /) -> float:
-        return float(self.function(model, seed))
+        value = self.function(model, seed)
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise FewstepError(f"{self.name} returned {value!r}: a cost is one number, lower is better") from None
 
 
 def load_function(text: str) -> Function:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from scipy import stats
+
 from fewstep.fitness import MEASURE
 from fewstep.metrics import Record
 from fewstep.metrics.record import LOWER_IS_BETTER
@@ -99,7 +101,7 @@ class Choice:
         }  # fmt: skip
 
 
-def verdict(records: Mapping[str, Sequence[Record]], metric: str) -> dict[str, Any]:
+def verdict(records: Mapping[str, Sequence[Record]], metric: str, label: str = "LCSC") -> dict[str, Any]:
     """LCSC against each of the others on the searched metric, held out: paired over the noise seeds."""
     sign = 1 if metric in LOWER_IS_BETTER or metric not in MEASURE else -1
     mine, gains = records["lcsc"][0], {}
@@ -111,12 +113,19 @@ def verdict(records: Mapping[str, Sequence[Record]], metric: str) -> dict[str, A
         std = statistics.stdev(differences) if len(differences) > 1 and math.isfinite(mean) else math.inf
         gains[name] = {
             "fraction": number(mean / abs(other.value)) if other.value else None, "paired_mean": number(mean),
-            "paired_std": number(std), "within_noise": not abs(mean) > 2 * std,
+            "paired_std": number(std), "within_noise": not abs(mean) > confidence(len(differences)) * std,
         }  # fmt: skip
-    return {"gains": gains, "verdict": sentence(gains, records, metric, sign)}
+    return {"gains": gains, "verdict": sentence(gains, records, metric, sign, label)}
 
 
-def sentence(gains: Mapping[str, Any], records: Mapping[str, Sequence[Record]], metric: str, sign: int) -> str:
+def confidence(n: int) -> float:
+    """Standard deviations of n paired differences that their mean must exceed to be beyond the noise: Student's 95 %."""
+    return float(stats.t.ppf(0.975, n - 1)) / math.sqrt(n) if n > 1 else math.inf
+
+
+def sentence(
+    gains: Mapping[str, Any], records: Mapping[str, Sequence[Record]], metric: str, sign: int, label: str
+) -> str:
     """The verdict in words, against the better of best EMA and last snapshot; others that do as well are named."""
 
     def cost(name: str) -> float:
@@ -133,9 +142,12 @@ def sentence(gains: Mapping[str, Any], records: Mapping[str, Sequence[Record]], 
         more = "; one seed shows no noise, give more --seeds" if len(mine.seeds) == 1 else ""
         text = f"No gain beyond the noise: {numbers} over {len(mine.seeds)} noise seed(s){more}."
     elif (gain["paired_mean"] or 0) < 0:
-        text = f"LCSC is worse: {numbers}: {share:.0f} %, {beyond}."
+        text = f"{label} is worse: {numbers}: {share:.0f} %, {beyond}."
     else:
-        text = f"LCSC improves {numbers}: {share:.0f} %, {beyond}."
+        text = f"{label} improves {numbers}: {share:.0f} %, {beyond}."
+    if len(records["lcsc"]) > 1:  # a metric that was not searched
+        second, other = records["lcsc"][1], records[rival][1]
+        text += f" {second.metric}, not searched: {second.value:.3g} against {other.value:.3g}."
     equals = [
         LABELS.get(n, n) for n, g in gains.items() if n != rival and (g["within_noise"] or (g["paired_mean"] or 0) < 0)
     ]

@@ -5,16 +5,18 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep import distributed
-from fewstep.files import append_jsonl, read_jsonl
+from fewstep.files import append_jsonl, atomic_write, read_jsonl
 from fewstep.fitness import Fitness
 from fewstep.model import Model
 from fewstep.snapshots import Bank
@@ -130,9 +132,9 @@ class Scorer:
     def __call__(self, vectors: Vectors, search: str, gate: Gate | None = None, features: bool = False) -> list[Score]:
         """At most ROWS of them; gate: for those that may be dropped; features: with the features that were scored."""
         assert len(vectors) <= ROWS
-        found: list[Score | None] = [
-            None if features else self.known.get(self.key(v, search), self.known.get(self.key(v))) for v in vectors
-        ]
+        found: list[Score | None] = [self.known.get(self.key(v, search), self.known.get(self.key(v))) for v in vectors]
+        if features:
+            found = [score and self.with_features(self.key(v), score) for v, score in zip(vectors, found, strict=True)]
         for score in filter(None, found):
             self.after(score)
         todo, world = [i for i, score in enumerate(found) if score is None], distributed.world()
@@ -144,7 +146,7 @@ class Scorer:
             made_here = None if own is None else self.evaluate(made[mine.index(own)], gate)
             for i, shared in zip(together, share(made_here, together, own, features), strict=True):
                 found[i] = shared
-                self.keep(vectors[i], search, shared)
+                self.keep(vectors[i], search, shared, features)
                 self.after(shared)
         scores = [score for score in found if score is not None]
         if gate:
@@ -168,16 +170,26 @@ class Scorer:
         cost = finite(self.fitness.cost(model, features, self.seed))
         return Score(cost, rough, False, self.num, time.monotonic() - began, features.float().cpu().numpy())
 
-    def keep(self, vector: Vector, search: str, score: Score) -> None:
+    def keep(self, vector: Vector, search: str, score: Score, features: bool) -> None:
         key = self.key(vector, search if score.dropped else "")
+        if features and distributed.rank() == 0:
+            tensors = {"features": torch.from_numpy(score.features)}
+            atomic_write(self.features_file(key), lambda new: save_file(tensors, str(new)))
         if key not in self.known and distributed.rank() == 0:
             append_jsonl(self.file, {"key": key, "search": search, **score.to_json()})
-        self.known[key] = score
+        self.known[key] = replace(score, features=np.zeros((0, 0)))
 
-    @property
-    def best(self) -> float:
-        """The least cost so far of those measured in full."""
-        return min((score.cost for score in self.known.values() if not score.dropped), default=math.inf)
+    def features_file(self, key: str) -> Path:
+        """OUT/features/..., which are deleted when the result is written."""
+        return self.file.parent / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+
+    def with_features(self, key: str, score: Score) -> Score | None:
+        """The score with the features it was made of, if they are still there."""
+        try:
+            with safe_open(str(self.features_file(key)), framework="pt") as file:
+                return replace(score, features=file.get_tensor("features").numpy())
+        except (OSError, SafetensorError):  # never written, or cut short by a kill: it is made again
+            return None
 
 
 def share(score: Score | None, together: Sequence[int], own: int | None, features: bool) -> list[Score]:

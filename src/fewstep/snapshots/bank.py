@@ -182,11 +182,11 @@ class Bank:
         """Inner products of theta_i - theta_K as stored, in one pass: products in float32, sums over chunks in float64."""
         device = self.base.device
         room, step = self.deltas.room(device), self.deltas.step(device)
-        gram = torch.zeros(len(self), len(self), dtype=torch.float64, device=device)
+        gram = torch.zeros(len(self), len(self), dtype=torch.float64)  # on the CPU: MPS has no float64
         for first in range(0, self.size, step):
             chunk = self.deltas.chunk(first, min(first + step, self.size), room)
-            gram += chunk @ chunk.T
-        return gram.cpu()
+            gram += (chunk @ chunk.T).cpu()
+        return gram
 
     def to(self, device: torch.device | str) -> "Bank":
         """The bank for results on that device: there itself if it leaves a quarter of the free memory, else in a stream."""

@@ -115,10 +115,10 @@ class Search(ABC):
 class Evolution(Search):
     """The paper's search as we instantiate it: of all vectors so far the best 12 are parents of the next 8.
 
-    A child is a parent (the k-th best drawn with weight 1/k), or with probability 0.3 a crossover of two: each gene of
-    the better with probability 0.6. Then each gene mutates with probability 0.25 (one does at least) by a normal step of
-    `scale` times the larger of its own size and the vector's root mean square, `scale` drawn log-uniformly in 0.05 to 1
-    for each child; then the vector is divided by its sum.
+    Two parents are drawn, the k-th best with weight 1/k. A child is the better of them, or with probability 0.3 their
+    crossover: each gene of the better with probability 0.6. Then each gene mutates with probability 0.25 (one does at
+    least) by a normal step of `scale` times the larger of its own size and the vector's root mean square, `scale` drawn
+    log-uniformly in 0.05 to 1 for each child; then the vector is divided by its sum.
     """
 
     races, keep = True, 12

@@ -47,7 +47,14 @@ def checkpoint_files(
     """
     if every < 1:
         raise FewstepError(f"--every must be 1 or more, got {every}")
+    if not sources:
+        raise FewstepError("give a run directory, or checkpoint files in the order of training")
     files = [file for source in sources for file in expand(Path(source))]
+    if files == sorted(files) != sorted(files, key=natural) and len({file.parent for file in files}) == 1:
+        raise FewstepError(
+            f"{files[0].name}, {files[1].name}, ... are in the shell's order, not that of training: give their folder, "
+            "which is read in the order of its numbers, or list the files in order"
+        )
     if first_nimg or last_nimg is not None:
         last = float("inf") if last_nimg is None else last_nimg
         files = [file for file in files if first_nimg <= known_nimg(file) <= last]
