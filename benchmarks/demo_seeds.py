@@ -16,6 +16,7 @@ from pathlib import Path
 import tyro
 
 NAMES = ("diffusion_many", "diffusion_1", "ect_1", "ect_2")
+HELD_OUT = ("last_1", "best_ema_1", "lcsc_1", "lcsc_2")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ def main(arguments: Arguments) -> None:
         "environment": summaries[0]["environment"],
         "seconds": spread([s["seconds"]["total"] for s in summaries]),
         "second_sigma": [s["second_sigma"] for s in summaries],
-        **{name: spread([s[name]["value"] for s in summaries]) for name in NAMES},
+        **{name: spread([s[name]["value"] for s in summaries]) for name in (*NAMES, *HELD_OUT)},
+        "gain_over_best_ema": spread([s["gain"]["ema"]["fraction"] for s in summaries]),
+        "phases": [s["seconds"] for s in summaries],
         "ratio_to_diffusion_1": {name: spread([s["ratio_to_diffusion_1"][name] for s in summaries]) for name in NAMES},
         "stamp": {
             k: summaries[0]["ect_1"][k]

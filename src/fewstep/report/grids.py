@@ -14,9 +14,10 @@ from fewstep.pictures import grid, png
 from fewstep.report.numbers import value
 from fewstep.report.view import RunView
 from fewstep.run import GRID_SEED
-from fewstep.samplers import Sampler, few_step
+from fewstep.samplers import Heun, Sampler, few_step
 
 COLUMNS = 10
+SOLVER_NAMES = {"Heun": "Heun", "DPMSolver": "DPM-Solver"}
 
 
 def same_noise(views: Sequence[RunView], records: Mapping[str, Record], rows: int) -> str:
@@ -28,8 +29,9 @@ def same_noise(views: Sequence[RunView], records: Mapping[str, Record], rows: in
             ways: dict[str, Sampler] = {"1 step": sampler(1), "2 steps": sampler(2)}
             if view.recipe.kind == "diffusion":
                 before = " (before tuning)" if any(other.origin(views) is view for other in views) else ""
-                steps = measured_steps(view.model, records)
-                ways = {f"{steps} Heun steps": sampler(steps), f"1 step{before}": few_step(1)}
+                many = measured_sampler(view.model, records)
+                steps = f"{len(many.sigmas)} {SOLVER_NAMES[type(many).__name__]} steps"
+                ways = {steps: many, f"1 step{before}": few_step(1)}
                 title = f"Diffusion ({title})"
             figures += "".join(drawn(f"{title}, {way}", view.model, ways[way], records, rows) for way in ways)
             names = names or view.model.info.class_names * view.recipe.conditional
@@ -39,16 +41,20 @@ def same_noise(views: Sequence[RunView], records: Mapping[str, Record], rows: in
     return f'<section><h2>The same noise</h2>{told(names)}<div class="pair">{figures}</div></section>'
 
 
-def measured_steps(model: Model, records: Mapping[str, Record]) -> int:
-    """The steps at which the diffusion model was measured, else EDM's 18."""
-    return next((len(r.sigmas) for r in records.values() if r.model_sha256 == model.sha256 and r.nfe > 1), 18)
+def measured_sampler(model: Model, records: Mapping[str, Record]) -> Sampler:
+    """The solver and steps at which the diffusion model was measured, else EDM's 18 of Heun's."""
+    known = next((r for r in records.values() if r.model_sha256 == model.sha256 and r.nfe > 1), None)
+    return (
+        model.info.sampler(len(known.sigmas), "dpm" if known.sampler == "DPMSolver" else None)
+        if known
+        else Heun.karras(18)
+    )
 
 
 def drawn(name: str, model: Model, sampler: Sampler, records: Mapping[str, Record], rows: int) -> str:
     """The samples of a model that way, with its Frechet distance where it is known."""
-    known = [
-        r for r in records.values() if (r.metric, r.model_sha256, r.sigmas) == ("fd", model.sha256, sampler.sigmas)
-    ]
+    what = ("fd", model.sha256, type(sampler).__name__, sampler.sigmas)
+    known = [r for r in records.values() if (r.metric, r.model_sha256, r.sampler, r.sigmas) == what]
     return sampled(name, model, sampler, known[:1], rows)
 
 
