@@ -99,7 +99,9 @@ def evaluations(runs: list[Path]) -> dict[str, Any]:
 
 def training(runs: list[Path]) -> dict[str, Any]:
     """Windows of one run that end earlier and earlier: LCSC against the best EMA over the same snapshots."""
-    plan = Plan(search="span", budget=40, rerank=3, num=1000, second=("kid",), baselines=("ema",))
+    plan = Plan(
+        search="span", budget=40, rerank=2, num=1000, rerank_num=2000, report_num=3000, second=(), baselines=("ema",)
+    )
     found: dict[str, Any] = {}
     for run in runs:
         total = fewstep.load(run).info.nimg
@@ -163,19 +165,12 @@ def two_steps(path: Path) -> tuple[float, float]:
 def diffusion(runs: list[Path]) -> dict[str, Any]:
     """Held-out distance by solver and steps: best EMA and LCSC, both searched at those steps; the EMA at more steps too."""
     plan = Plan(
-        search="span",
-        budget=34,
-        rerank=3,
-        num=1000,
-        rerank_num=2000,
-        report_num=3000,
-        second=("kid",),
-        baselines=("ema",),
+        search="span", budget=34, rerank=2, num=1000, rerank_num=2000, report_num=3000, second=(), baselines=("ema",)
     )
     found: dict[str, Any] = {}
     for run in runs:
         rows = found.setdefault(str(run), {})
-        for solver, counts, more in (("dpm", (4, 5, 6, 8), (10, 12, 16)), ("heun", (4, 5, 6), (8, 9))):
+        for solver, counts, more in (("dpm", (4, 5, 6), (8, 10)), ("heun", (4, 5), (6, 7))):
             for count in counts:
                 result = search(run, plan, steps=count, solver=solver)
                 row = {name: held(result, name) for name in ("lcsc", "ema", "last")}
