@@ -2,7 +2,8 @@
 
     for s in 0 1 2; do
       fewstep train edm --preset digits --seed $s --snapshot-nimg 640 --out runs/edm$s
-      fewstep train ect --preset digits --seed $s --init runs/edm$s --out runs/ect$s
+      fewstep train ect --preset digits --seed $s --init runs/edm$s --out runs/ect$s \\
+          --lr.peak 2e-3 --total-nimg 64000 --snapshot-nimg 640 --evaluation.every-nimg 0
     done
     python benchmarks/lcsc.py seeds --runs runs/ect0 runs/ect1 runs/ect2 --out benchmarks/results/DATE-lcsc-seeds.json
 

@@ -62,13 +62,13 @@ def digits() -> Recipe:
     return on_digits(
         ect(),
         objective=objective(q=2.0, stages=4, c=0.03),
-        total_nimg=64_000,
+        total_nimg=76_800,
         batch_size=128,
-        lr=LearningRate(2e-3),
+        lr=LearningRate(5e-4),
         averages=(ConstantEMA(0.98), ConstantEMA(0.99)),
-        snapshot_nimg=640,
-        grid_nimg=16_000,
-        evaluation=Evaluation(every_nimg=16_000, extractor="digits", num=2000),
+        snapshot_nimg=768,
+        grid_nimg=19_200,
+        evaluation=Evaluation(every_nimg=19_200, extractor="digits", num=2000),
     )
 
 
