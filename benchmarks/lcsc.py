@@ -171,7 +171,7 @@ def diffusion(runs: list[Path]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for run in runs:
         rows = found.setdefault(str(run), {})
-        for solver, counts, more in (("dpm", (4, 5, 6), (8, 10)), ("heun", (4, 5), (6, 7))):
+        for solver, counts, more in (("dpm", (4, 5), (6, 8)), ("heun", (5,), (6, 7))):
             for count in counts:
                 result = search(run, plan, steps=count, solver=solver)
                 row = {name: held(result, name) for name in ("lcsc", "ema", "last")}

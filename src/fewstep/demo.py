@@ -29,7 +29,7 @@ NUM, SEEDS = 3000, (0, 1, 2)  # images per noise seed of every reported distance
 SOLVER_STEPS = 9  # of DPM-Solver++, so many network evaluations
 SIGMA_NUM = 2000  # images for each noise level tried
 SEARCH = Plan(
-    search="span", budget=34, num=1000, rerank=3, rerank_num=2000, report_num=NUM, second=("kid",), baselines=("ema",)
+    search="span", budget=34, num=1000, rerank=2, rerank_num=2000, report_num=2000, second=("kid",), baselines=("ema",)
 )
 
 

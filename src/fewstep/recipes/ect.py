@@ -66,9 +66,9 @@ def digits() -> Recipe:
         batch_size=128,
         lr=LearningRate(5e-4),
         averages=(ConstantEMA(0.98), ConstantEMA(0.99)),
-        snapshot_nimg=768,
+        snapshot_nimg=1_536,
         grid_nimg=19_200,
-        evaluation=Evaluation(every_nimg=19_200, extractor="digits", num=2000),
+        evaluation=Evaluation(every_nimg=38_400, extractor="digits", num=2000),
     )
 
 
