@@ -89,7 +89,7 @@ def carry_out(out: Path, seed: int, overwrite: bool, quick: bool) -> dict[str, A
         }
         ema = average(out / "ect", found["candidates"]["ema"]["profile"])
         say(f"best EMA over the same snapshots: {ema['profile']}, in {ema['out']}")
-        records |= measure_all({"lcsc_2": (combined, combined.info.sampler(2))}, heldout, extractor, num)
+        records |= measure_all({"lcsc_2": (combined, combined.info.sampler(2))}, heldout, extractor, search.report_num)
     with phase("pictures and report"):
         save(out / "samples.png", panels(diffusion, tuned, combined))
         build(
