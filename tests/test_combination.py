@@ -1,6 +1,5 @@
 """A search from snapshots to result.json: honest numbers, nothing lost at any kill, clear errors."""
 
-import errno
 import hashlib
 import json
 import math
@@ -21,8 +20,8 @@ from PIL import Image
 import fewstep
 from fewstep import combination
 from fewstep.api import Plan, average, combine
-from fewstep.combination import RERANK_NOISE, SEARCH_NOISE, Combination, verdict
-from fewstep.evaluation import Generator
+from fewstep.combination import Combination, verdict
+from fewstep.evaluation import CANDIDATE_SEED, RERANK_SEED, Generator
 from fewstep.fitness import Function, Metric, load_function
 from fewstep.interrupts import Interrupted
 from fewstep.metrics import Record
@@ -32,6 +31,7 @@ from fewstep.samplers import DPMSolver, FewStep, Heun
 from fewstep.scoring import Gate, Score, Scorer, Wearer
 from fewstep.snapshots import Bank, profiles, read
 from fewstep.types import FewstepError
+from full_disk import ENOSPC, HalfWritten
 
 K = 7
 ARCH = Architecture(MLP(8, 2), (1, 4, 4))
@@ -174,7 +174,7 @@ def test_noise_and_images_of_search_re_ranking_and_report_never_meet(searched, d
     noise = result["noise"]
     seeds = [noise["search"], noise["rerank"], *noise["report"]]
     assert len(set(seeds)) == 4
-    assert (noise["search"], noise["rerank"]) == (SEARCH_NOISE, RERANK_NOISE)
+    assert (noise["search"], noise["rerank"]) == (CANDIDATE_SEED, RERANK_SEED)
     searched_on, reported = combination_halves(data, load(sorted(run.iterdir())[-1]))
     assert searched_on.n + reported.n == 60
     for a in searched_on.features:  # random images: no two are equal
@@ -191,8 +191,8 @@ def test_noise_and_images_of_search_re_ranking_and_report_never_meet(searched, d
 
     monkeypatch.setattr(Generator, "__call__", spy)
     images(run, tmp_path / "out", data=data)
-    assert {seed for seed, *_ in used} == {SEARCH_NOISE, RERANK_NOISE, 0, 1}
-    assert {(first, num) for seed, first, num in used if seed == SEARCH_NOISE} == {(0, 16), (16, 20)}
+    assert {seed for seed, *_ in used} == {CANDIDATE_SEED, RERANK_SEED, 0, 1}
+    assert {(first, num) for seed, first, num in used if seed == CANDIDATE_SEED} == {(0, 16), (16, 20)}
 
 
 def test_held_out_images_of_training_are_neither_searched_nor_reported(data, tmp_path):
@@ -214,15 +214,15 @@ def test_equal_vectors_have_equal_costs_and_others_meet_the_same_noise(run, data
     model = load(sorted(run.iterdir())[-1])
     reference, _ = combination_halves(data, model)
     metric = Metric("fd", FewStep((80.0,)), pixels(), reference)
-    scorer = Scorer(Wearer(bank, model), metric, 20, SEARCH_NOISE, tmp_path / "scores.jsonl")
+    scorer = Scorer(Wearer(bank, model), metric, 20, CANDIDATE_SEED, tmp_path / "scores.jsonl")
     vectors = np.stack([profiles.uniform(bank.nimg), profiles.last(bank.nimg), profiles.uniform(bank.nimg)])
     a, b, c = scorer(vectors, "x")
     assert a.cost == c.cost != b.cost
-    fresh = Scorer(Wearer(bank, model), metric, 20, SEARCH_NOISE, tmp_path / "others.jsonl")
+    fresh = Scorer(Wearer(bank, model), metric, 20, CANDIDATE_SEED, tmp_path / "others.jsonl")
     assert [fresh(v[None], "x")[0].cost for v in vectors[::-1]] == [c.cost, b.cost, a.cost]
     last = load(sorted(run.iterdir())[-1])
-    assert metric.cost(last, metric.features(last, 0, 20, SEARCH_NOISE), SEARCH_NOISE) == b.cost
-    other = Scorer(Wearer(bank, model), metric, 20, RERANK_NOISE, tmp_path / "scores.jsonl")
+    assert metric.cost(last, metric.features(last, 0, 20, CANDIDATE_SEED), CANDIDATE_SEED) == b.cost
+    other = Scorer(Wearer(bank, model), metric, 20, RERANK_SEED, tmp_path / "scores.jsonl")
     assert other(vectors[:1], "x")[0].cost != a.cost  # another noise is another row of the same file
 
 
@@ -274,10 +274,10 @@ def test_a_gain_within_the_noise_is_called_that(run, tmp_path):
         assert result["verdict"].startswith("No gain beyond the noise: chance")
         assert (gain["paired_std"] is None) == (seeds == 1)
         found = [row for row in rows(out) if row.get("search") == "evolution/0"]
-        again = [row["cost"] for row in found if f"|{RERANK_NOISE}|" in row["key"]]
+        again = [row["cost"] for row in found if f"|{RERANK_SEED}|" in row["key"]]
         assert len(again) == 8
         assert lcsc["rerank"] == min(again)  # the best of them on fresh noise, which had not been the best before
-        assert lcsc["search"] > min(row["cost"] for row in found if f"|{SEARCH_NOISE}|" in row["key"])
+        assert lcsc["search"] > min(row["cost"] for row in found if f"|{CANDIDATE_SEED}|" in row["key"])
 
 
 def weights_key(model):
@@ -446,7 +446,7 @@ def odd(model, seed):
 def test_a_metric_that_is_no_number_loses_and_the_search_goes_on(run, tmp_path):
     plan = replace(TINY, budget=100, baselines=("random",))
     result = go(run, tmp_path / "out", plan, metric=failing(odd))
-    at_search = [row for row in rows(tmp_path / "out") if f"|{SEARCH_NOISE}|" in row.get("key", "")]
+    at_search = [row for row in rows(tmp_path / "out") if f"|{CANDIDATE_SEED}|" in row.get("key", "")]
     lost = {row["key"] for row in at_search if row["cost"] is None}
     assert len(lost) > 60
     assert result["cost"]["evaluations"] == 200
@@ -459,7 +459,9 @@ def test_a_metric_that_is_no_number_loses_and_the_search_goes_on(run, tmp_path):
 @pytest.mark.parametrize("when", ["always", "search", "re-ranking"])
 @pytest.mark.parametrize("search", ["evolution", "soup", "span"])
 def test_nothing_but_failures_is_a_clear_error(run, tmp_path, search, when):
-    seeds = {"always": {SEARCH_NOISE, RERANK_NOISE, 0, 1}, "search": {SEARCH_NOISE}, "re-ranking": {RERANK_NOISE}}[when]
+    seeds = {"always": {CANDIDATE_SEED, RERANK_SEED, 0, 1}, "search": {CANDIDATE_SEED}, "re-ranking": {RERANK_SEED}}[
+        when
+    ]
     plan = replace(TINY, search=search, budget=30, baselines=("ema",))
     with pytest.raises(FewstepError, match=f"no candidate of {search} has a finite goal"):
         go(run, tmp_path / "out", plan, metric=failing(lambda model, seed: seed in seeds))
@@ -751,9 +753,6 @@ def test_two_processes_do_not_search_in_one_folder(run, tmp_path):
     assert content(out) == content(tmp_path / "whole")
 
 
-ENOSPC = OSError(errno.ENOSPC, "No space left on device")
-
-
 @pytest.mark.parametrize(
     "victim", ["bank.safetensors", "search.json", "evaluations.jsonl", "combined.safetensors", "result.json"]
 )
@@ -766,23 +765,9 @@ def test_a_full_disk_says_so_and_nothing_is_missing_after_a_resume(run, tmp_path
             raise ENOSPC
         replaced(source, target)
 
-    class Half:
-        def __init__(self, file):
-            self.file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def write(self, text):
-            self.file.write(text[: len(text) // 2])
-            raise ENOSPC
-
     def half_open(self, mode="r", *args, **kwargs):
         file = opened(self, mode, *args, **kwargs)
-        return Half(file) if mode == "a" and self.name == victim and next(calls) == 13 else file
+        return HalfWritten(file) if mode == "a" and self.name == victim and next(calls) == 13 else file
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", full)
@@ -871,7 +856,7 @@ def test_racing_spares_images_drops_what_is_worse_and_finds_the_same(run, tmp_pa
     assert fast["traces"] == slow["traces"]
     dropped = [row for row in rows(tmp_path / "fast") if row.get("dropped")]
     assert all(row["images"] == 16 and row["key"].endswith("|evolution/0") for row in dropped)
-    truth = {row["key"]: row["cost"] for row in rows(tmp_path / "slow") if f"|{SEARCH_NOISE}|" in row.get("key", "")}
+    truth = {row["key"]: row["cost"] for row in rows(tmp_path / "slow") if f"|{CANDIDATE_SEED}|" in row.get("key", "")}
     worst_parent = sorted(truth.values())[11]
     assert all(truth[row["key"].removesuffix("|evolution/0")] > worst_parent for row in dropped)
 
@@ -883,7 +868,7 @@ def test_a_dropped_candidate_is_never_chosen_whatever_was_predicted(run, tmp_pat
     result = raced(run, tmp_path / "out", rough(), replace(TINY, num=64, rerank_num=64, rerank=50), monkeypatch)
     found = [row for row in rows(tmp_path / "out") if "cost" in row]
     assert result["cost"]["raced_out"] == 10
-    again = {row["key"].split("|")[3] for row in found if f"|{RERANK_NOISE}|" in row["key"]}
+    again = {row["key"].split("|")[3] for row in found if f"|{RERANK_SEED}|" in row["key"]}
     dropped = {row["key"].split("|")[3] for row in found if row["dropped"]}
     assert len(dropped) == 10
     extra = {hashlib.sha256(v.tobytes()).hexdigest()[:24] for v in (np.full(K, 1 / K), np.eye(K)[-1])}

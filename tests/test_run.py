@@ -1,6 +1,5 @@
 """A run: killed at any moment, resumed, it ends as if nothing had happened; and nobody's files are lost."""
 
-import errno
 import hashlib
 import json
 import multiprocessing as mp
@@ -23,7 +22,7 @@ from fewstep import codec
 from fewstep import run as module
 from fewstep.data import DataSpec, to_uint8
 from fewstep.ema import ConstantEMA, PowerEMA
-from fewstep.evaluation import Generator
+from fewstep.evaluation import GRID_SEED, Generator
 from fewstep.model import load
 from fewstep.networks import MLP
 from fewstep.objectives import EDM, Denoising, Diffusion, LogNormal, PairObjective, SquaredL2
@@ -33,10 +32,11 @@ from fewstep.recipe import Evaluation, Optimizer, Recipe
 from fewstep.recipes.ct import objective as ct_objective
 from fewstep.recipes.ect import objective as ect_objective
 from fewstep.recipes.edm import objective as edm_objective
-from fewstep.run import GRID_SEED, Interrupted, Keeper, train
+from fewstep.run import Interrupted, Keeper, train
 from fewstep.rundir import ALTERABLE, RunDir
 from fewstep.snapshots import format as snapshot
 from fewstep.types import FewstepError
+from full_disk import ENOSPC, HalfWritten
 
 CLOCKS = ("seconds", "images_per_second")
 
@@ -829,7 +829,6 @@ def test_the_stage_that_is_named_is_the_one_the_step_was_in(tmp_path, monkeypatc
 
 # -------------------------------------------------------------------------------------------------------- full disk
 
-ENOSPC = OSError(errno.ENOSPC, "No space left on device")
 RUST = safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
@@ -856,25 +855,11 @@ def test_a_full_disk_anywhere_loses_nothing(uninterrupted, data, tmp_path, victi
             if full and victim in str(self):
                 raise ENOSPC
 
-        class Full:
-            def __init__(self, file):
-                self.file = file
-
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *_):
-                self.file.close()
-
-            def write(self, text):
-                self.file.write(text[: len(text) // 2])
-                raise ENOSPC
-
         opened = type(tmp_path).open
 
         def half_open(self, mode="r", *args, **kwargs):
             file = opened(self, mode, *args, **kwargs)
-            return Full(file) if full and mode == "a" and victim in str(self) else file
+            return HalfWritten(file) if full and mode == "a" and victim in str(self) else file
 
         patch.setattr(Keeper, "keep", fill)
         patch.setattr(snapshot, "save_file", save)

@@ -15,10 +15,10 @@ from fewstep.combination import Plan
 from fewstep.combination import combine as carry_out_combine
 from fewstep.data import DataSpec, open_images, to_uint8
 from fewstep.environment import pick_device
-from fewstep.evaluation import Generator, reference_of, reference_to
 from fewstep.evaluation import evaluate as evaluate_stream
+from fewstep.evaluation import reference_of, reference_to
 from fewstep.files import read_json
-from fewstep.fitness import Fitness, Function, Metric, load_function
+from fewstep.fitness import Fitness, Function, Metric, generator, load_function
 from fewstep.metrics import Extractor, Record, Reference, load_extractor
 from fewstep.model import Model, find, load, read_info, save_model
 from fewstep.objectives import Networks, PairObjective
@@ -55,12 +55,6 @@ __all__ = [
 ]
 
 Which: TypeAlias = Literal["train", "heldout", "all"]
-
-
-def generator(model: Model, batch: int = 500) -> Generator:
-    """The model as a stream of samples: generator(model)(sampler, num, seed) yields batches in [-1, 1]."""
-    arch = model.info.architecture
-    return Generator(model.denoiser, arch.shape, arch.num_classes, model.device, batch)
 
 
 def sample(

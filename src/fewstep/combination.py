@@ -23,13 +23,13 @@ from fewstep._version import __version__
 from fewstep.console import ProgressLine
 from fewstep.data import to_uint8
 from fewstep.environment import environment
-from fewstep.evaluation import Generator, evaluate
+from fewstep.evaluation import CANDIDATE_SEED, GRID_SEED, RERANK_SEED, evaluate
 from fewstep.files import append_jsonl, atomic_write, read_json, read_jsonl, write_json
-from fewstep.fitness import MEASURE, Fitness, Metric
+from fewstep.fitness import MEASURE, Fitness, Metric, generator
 from fewstep.interrupts import Interrupted
 from fewstep.metrics import Record
 from fewstep.model import Model, save_model
-from fewstep.outcome import LABELS, Choice, Found, Plan, number, verdict
+from fewstep.outcome import LABELS, Choice, Found, Plan, cost, number, spread, verdict
 from fewstep.pictures import grid, save
 from fewstep.rundir import RunDir
 from fewstep.scoring import ROWS, Gate, Scorer, Wearer
@@ -37,9 +37,6 @@ from fewstep.snapshots import Bank, weights_hash, write
 from fewstep.snapshots.search import DETERMINISTIC, Search, Space, Vector, searches
 from fewstep.snapshots.span import Span
 from fewstep.types import FewstepError
-
-SEARCH_NOISE, RERANK_NOISE = 30_000, 40_000  # no report quotes these, nor those of fewstep.evaluation
-GRID_NOISE = 777  # as in training runs
 
 
 def combine(
@@ -146,20 +143,23 @@ class Combination:
         for i, name in enumerate(names):
             found[name] = self.run_search(name, name in mains, began, (i + 1) / len(names))
         choices = self.choose(found, mains)
-        records = self.measure(choices, {name: found[name] for name in mains})
         chosen = choices["lcsc"]
+        tensors = self.bank.exact(torch.from_numpy(chosen.coefficients)) if self.main else {}
+        results = {name: c for name in mains if len(mains) > 1 and (c := found[name].choice)}
+        records = self.measure({**choices, **results}, tensors)
         result = {
             "fewstep": __version__, "version": 1, "run": self.run,
             "snapshots": [vars(source) for source in self.bank.sources], "storage": self.bank.storage,
             "batch": self.bank.batch, "coefficients": chosen.coefficients.tolist(),
-            "weights_sha256": self.save(chosen, records["lcsc"]), "chosen": chosen.origin,
+            "weights_sha256": self.save(chosen, tensors, records["lcsc"]), "chosen": chosen.origin,
             **self.judged(), "candidates": {name: choice.to_json() for name, choice in choices.items()},
             "records": {name: [r.to_json() for r in records[name]] for name in choices},
             "traces": {name: [[n, number(cost)] for n, cost in f.trace] for name, f in found.items()},
-            "searches": {name: self.summary(found[name], records.get(name, [])) for name in mains},
-            "seed_spread": self.spread([found[name] for name in mains]) if len(mains) > 1 else None,
-            **verdict(records, self.fitness.name, chosen.label), "cost": self.cost(found),
-            "noise": {"search": SEARCH_NOISE, "rerank": RERANK_NOISE, "report": list(range(plan.seeds))},
+            "searches": {name: found[name].to_json(records.get(name, [])) for name in mains},
+            "seed_spread": spread(self.space, list(results.values())) if results else None,
+            **verdict({name: records[name] for name in choices}, self.fitness.name, chosen.label),
+            "cost": cost(found.values(), read_jsonl(self.file)) | {"budget": plan.budget},
+            "noise": {"search": CANDIDATE_SEED, "rerank": RERANK_SEED, "report": list(range(plan.seeds))},
             "num": {"search": plan.num, "rerank": plan.rerank_num, "report": plan.report_num},
             "environment": environment(str(self.bank.base.device)),
         }  # fmt: skip
@@ -183,7 +183,7 @@ class Combination:
         gate = Gate(search.keep) if search.races else None
         features = isinstance(search, Span) and search.slope is not None
         with ProgressLine(f"search {name}", plan.budget, unit="eval", quiet=self.quiet or not self.main) as line:
-            scorer = Scorer(self.wearer, self.fitness, plan.num, SEARCH_NOISE, self.file, lambda _: line.advance(1))
+            scorer = Scorer(self.wearer, self.fitness, plan.num, CANDIDATE_SEED, self.file, lambda _: line.advance(1))
             while found.evaluations < plan.budget and not (found.evaluations and self.late(began, share)):
                 vectors = search.ask(min(ROWS, plan.budget - found.evaluations))
                 if not len(vectors):
@@ -213,6 +213,10 @@ class Combination:
         distributed.sum_over_ranks([spent])
         return bool(spent.item() > 60 * self.plan.minutes * share)
 
+    def tensors(self, vector: Vector) -> dict[str, torch.Tensor]:
+        """The weights of one vector, by the bank."""
+        return self.bank.tensors(self.bank.combine(torch.from_numpy(vector)[None])[0])
+
     def draw(self, vector: Vector) -> None:
         """OUT/best.png: samples of the best so far, from the same noise each time."""
         if not (self.main and self.model and isinstance(self.fitness, Metric)):
@@ -220,9 +224,8 @@ class Combination:
         arch = self.model.info.architecture
         labels = list(range(min(arch.num_classes, 10))) or None
         columns = len(labels) if labels else 8
-        self.wearer.wear(self.bank.tensors(self.bank.combine(torch.from_numpy(vector)[None])[0]))
-        make = Generator(self.model.denoiser, arch.shape, arch.num_classes, self.model.device)
-        images = torch.cat(list(make(self.fitness.sampler, 8 * columns, GRID_NOISE, labels)))
+        self.wearer.wear(self.tensors(vector))
+        images = torch.cat(list(generator(self.model)(self.fitness.sampler, 8 * columns, GRID_SEED, labels)))
         save(self.out / "best.png", grid(to_uint8(images), columns))
 
     def choose(self, found: Mapping[str, Found], mains: Sequence[str]) -> dict[str, Choice]:
@@ -232,7 +235,7 @@ class Combination:
         total = sum(map(len, tops.values())) + len(fixed)
         with ProgressLine("re-rank", total, unit="eval", quiet=self.quiet or not self.main) as line:
             scorer = Scorer(
-                self.wearer, self.fitness, plan.rerank_num, RERANK_NOISE, self.file, lambda _: line.advance(1)
+                self.wearer, self.fitness, plan.rerank_num, RERANK_SEED, self.file, lambda _: line.advance(1)
             )
             for name, top in tops.items():
                 vectors = [vector for _, vector in top]
@@ -260,32 +263,32 @@ class Combination:
                 choices[kind] = f.choice
         return choices | rest
 
-    def measure(self, choices: Mapping[str, Choice], mains: Mapping[str, Found]) -> dict[str, list[Record]]:
-        """Held-out records of every choice, and of every seed's result; the first process does it, the others wait."""
-        several = {name: f.choice for name, f in mains.items() if f.choice and len(mains) > 1}
+    def measure(self, choices: Mapping[str, Choice], exact: dict[str, torch.Tensor]) -> dict[str, list[Record]]:
+        """Held-out records of every choice; the first process does it, the others wait.
+
+        exact: LCSC's weights from the snapshots themselves, which are saved; the others wear the bank's. A search whose
+        result LCSC is was measured with it.
+        """
+        plan, lcsc = self.plan, choices["lcsc"]
+        twins = [name for name, choice in choices.items() if "/" in name and choice.origin == lcsc.origin]
+        measured = {name: choice for name, choice in choices.items() if name not in twins}
+        keys = {name: self.report_key(name, choice) for name, choice in measured.items()}
         kept = {row["report"]: row["records"] for row in read_jsonl(self.file) if "report" in row}
-        distributed.barrier()
-        records: dict[str, list[Record]] = {}
-        images = self.plan.report_num * self.plan.seeds * len({**choices, **several})
-        with ProgressLine("held-out numbers", images, quiet=self.quiet or not self.main) as line:
-            for name, choice in ({**choices, **several} if self.main else {}).items():
-                key = self.report_key(name, choice)
+        images = plan.report_num * plan.seeds
+        distributed.barrier()  # nobody reads on while the first writes
+        with ProgressLine("held-out numbers", images * len(keys), quiet=self.quiet or not self.main) as line:
+            for name, key in keys.items() if self.main else ():
                 if key in kept:
-                    records[name] = [Record.from_json(row) for row in kept[key]]
-                    line.advance(self.plan.report_num * self.plan.seeds)
+                    line.advance(images)
                     continue
-                if name == "lcsc":  # what is quoted for LCSC is of the weights that are saved
-                    tensors = self.bank.exact(torch.from_numpy(choice.coefficients))
-                else:
-                    tensors = self.bank.tensors(self.bank.combine(torch.from_numpy(choice.coefficients)[None])[0])
-                records[name] = self.records(name, tensors, line.advance)
-                append_jsonl(self.file, {"report": key, "records": [r.to_json() for r in records[name]]})
+                records = self.records(
+                    name, exact if name == "lcsc" else self.tensors(measured[name].coefficients), line.advance
+                )
+                append_jsonl(self.file, {"report": key, "records": [record.to_json() for record in records]})
         distributed.barrier()
-        if not self.main:  # the rows are on the disk that all processes share
-            rows = {row["report"]: row["records"] for row in read_jsonl(self.file) if "report" in row}
-            for name, choice in {**choices, **several}.items():
-                records[name] = [Record.from_json(row) for row in rows[self.report_key(name, choice)]]
-        return records
+        kept = {row["report"]: row["records"] for row in read_jsonl(self.file) if "report" in row}
+        found = {name: [Record.from_json(row) for row in kept[key]] for name, key in keys.items()}
+        return found | {name: found["lcsc"] for name in twins}
 
     def report_key(self, name: str, choice: Choice) -> str:
         """Of held-out records: whose they are, and how they were measured."""
@@ -298,8 +301,7 @@ class Combination:
         digest, seeds = weights_hash(tensors), range(plan.seeds)
         if isinstance(judge, Metric):
             assert self.model is not None
-            arch, first = self.model.info.architecture, MEASURE[judge.name]
-            make = Generator(self.model.denoiser, arch.shape, arch.num_classes, self.model.device, judge.batch)
+            first, make = MEASURE[judge.name], generator(self.model, judge.batch)
             metrics = (first, *(metric for metric in plan.second if metric != first))
             found = evaluate(
                 make, judge.sampler, judge.reference, judge.extractor, plan.report_num, seeds, metrics, name, digest, tick
@@ -314,11 +316,11 @@ class Combination:
             )
         ]  # fmt: skip
 
-    def save(self, chosen: Choice, records: Sequence[Record]) -> str:
+    def save(self, chosen: Choice, tensors: dict[str, torch.Tensor], records: Sequence[Record]) -> str:
         """OUT/combined.safetensors, from the snapshots themselves; returns the SHA-256 of its weights."""
         if not self.main:
             return ""
-        tensors, file = self.bank.exact(torch.from_numpy(chosen.coefficients)), self.out / "combined.safetensors"
+        file = self.out / "combined.safetensors"
         if self.model is None:
             return write(file, tensors, {"coefficients": chosen.coefficients.tolist()})
         row = {"nimg": self.model.info.nimg, "weights": "lcsc", "record": records[0].to_json()}
@@ -336,34 +338,6 @@ class Combination:
         }
         sampler = {"name": type(a.sampler).__name__, "sigmas": list(a.sampler.sigmas), "nfe": a.sampler.nfe}
         return {"metric": a.name, "sampler": sampler, "extractor": a.extractor.name, "reference": reference}
-
-    def summary(self, found: Found, records: Sequence[Record]) -> dict[str, Any]:
-        kind, _, seed = found.name.partition("/")
-        choice = found.choice.to_json() if found.choice else {}
-        return {
-            "search": kind, "seed": int(seed), "coefficients": choice.get("coefficients"),
-            "search_score": choice.get("search"), "rerank_score": choice.get("rerank"),
-            "evaluations": found.evaluations, "records": [r.to_json() for r in records],
-        }  # fmt: skip
-
-    def spread(self, found: Sequence[Found]) -> dict[str, Any]:
-        """How far the results of several seeds lie apart: weights in units of the bank's radius, coefficients by angle."""
-        vectors = [f.choice.coefficients for f in found if f.choice]
-        unit = [v / np.linalg.norm(v) for v in vectors]
-        return {
-            "distance": [[self.space.distance(a, b) / self.space.radius for a in vectors] for b in vectors],
-            "cosine": [[float(a @ b) for a in unit] for b in unit],
-        }
-
-    def cost(self, found: Mapping[str, Found]) -> dict[str, Any]:
-        """What all of it took; seconds are of evaluating candidates, summed over processes and interruptions."""
-        rows = [row for row in read_jsonl(self.file) if "cost" in row]
-        return {
-            "evaluations": sum(f.evaluations for f in found.values()), "evaluated": len(rows),
-            "raced_out": sum(f.dropped for f in found.values()), "failed": sum(f.failed for f in found.values()),
-            "images": sum(row["images"] for row in rows), "seconds": round(sum(row["seconds"] for row in rows), 1),
-            "budget": self.plan.budget,
-        }  # fmt: skip
 
 
 __all__ = ["Combination", "Plan", "combine"]

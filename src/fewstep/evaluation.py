@@ -117,7 +117,8 @@ def evaluate(
 
 
 # Reports use the noise seeds 0, 1, 2, ...; what is chosen by a number is chosen on noise that no report will quote.
-SEARCH_SEED, EVALUATION_SEED = 10_000, 20_000
+SEARCH_SEED, EVALUATION_SEED, CANDIDATE_SEED, RERANK_SEED = 10_000, 20_000, 30_000, 40_000
+GRID_SEED = 777  # sample grids use the same noise throughout a run, and in every run
 
 
 def search_second_sigma(

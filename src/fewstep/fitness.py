@@ -31,6 +31,12 @@ MEASURE: Final = {
 }
 
 
+def generator(model: Model, batch: int = 500) -> Generator:
+    """The model as a stream of samples: generator(model)(sampler, num, seed) yields batches in [-1, 1]."""
+    arch = model.info.architecture
+    return Generator(model.denoiser, arch.shape, arch.num_classes, model.device, batch)
+
+
 @runtime_checkable
 class Fitness(Protocol):
     """Costs of models; lower is better. A cost that is not finite is a candidate's failure, not an error."""
@@ -63,9 +69,8 @@ class Metric:
 
     @torch.inference_mode()
     def features(self, model: Model, first: int, last: int, seed: int, /) -> Tensor:
-        arch = model.info.architecture
-        make = Generator(model.denoiser, arch.shape, arch.num_classes, model.device, self.batch)
-        return torch.cat([self.extractor(to_uint8(x)) for x in make(self.sampler, last, seed, first=first)])
+        samples = generator(model, self.batch)(self.sampler, last, seed, first=first)
+        return torch.cat([self.extractor(to_uint8(x)) for x in samples])
 
     def cost(self, model: Model, features: Tensor | None, seed: int, /) -> float:
         assert features is not None

@@ -2,16 +2,17 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from scipy import stats
 
 from fewstep.fitness import MEASURE
 from fewstep.metrics import Record
 from fewstep.metrics.record import LOWER_IS_BETTER
-from fewstep.snapshots.search import Vector, searches
+from fewstep.snapshots.search import Space, Vector, searches
 from fewstep.types import FewstepError
 
 LABELS = {
@@ -78,6 +79,16 @@ class Found:
     def best(self) -> float:
         return min((cost for cost, _ in self.tried.values()), default=math.inf)
 
+    def to_json(self, records: Sequence[Record]) -> dict[str, Any]:
+        """What one seed brought; records: its held-out numbers, where there are several seeds."""
+        kind, _, seed = self.name.partition("/")
+        choice = self.choice.to_json() if self.choice else {}
+        return {
+            "search": kind, "seed": int(seed), "coefficients": choice.get("coefficients"),
+            "search_score": choice.get("search"), "rerank_score": choice.get("rerank"),
+            "evaluations": self.evaluations, "records": [record.to_json() for record in records],
+        }  # fmt: skip
+
     def top(self, n: int) -> list[tuple[float, Vector]]:
         """The n best that were measured in full, best first."""
         return sorted(self.tried.values(), key=lambda pair: pair[0])[:n]
@@ -101,12 +112,35 @@ class Choice:
         }  # fmt: skip
 
 
+def spread(space: Space, choices: Sequence[Choice]) -> dict[str, Any]:
+    """How far the results of several seeds lie apart: weights in units of the bank's radius, coefficients by angle."""
+    vectors = [choice.coefficients for choice in choices]
+    unit = [v / np.linalg.norm(v) for v in vectors]
+    return {
+        "distance": [[space.distance(a, b) / space.radius for a in vectors] for b in vectors],
+        "cosine": [[float(a @ b) for a in unit] for b in unit],
+    }
+
+
+def cost(found: Iterable[Found], rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the searches and the re-ranking took, the report excepted; rows: of evaluations.jsonl.
+
+    Seconds are of evaluating candidates, summed over processes and interruptions.
+    """
+    searches, scored = list(found), [row for row in rows if "cost" in row]
+    return {
+        "evaluations": sum(f.evaluations for f in searches), "evaluated": len(scored),
+        "raced_out": sum(f.dropped for f in searches), "failed": sum(f.failed for f in searches),
+        "images": sum(row["images"] for row in scored), "seconds": round(sum(row["seconds"] for row in scored), 1),
+    }  # fmt: skip
+
+
 def verdict(records: Mapping[str, Sequence[Record]], metric: str, label: str = "LCSC") -> dict[str, Any]:
     """LCSC against each of the others on the searched metric, held out: paired over the noise seeds."""
     sign = 1 if metric in LOWER_IS_BETTER or metric not in MEASURE else -1
     mine, gains = records["lcsc"][0], {}
     for name, (other, *_) in records.items():
-        if name == "lcsc" or "/" in name:
+        if name == "lcsc":
             continue
         differences = [sign * (b - a) for a, b in zip(mine.values, other.values, strict=True)]
         mean = statistics.fmean(differences)

@@ -16,7 +16,7 @@ from fewstep import distributed
 from fewstep.console import ProgressLine
 from fewstep.data import BatchOrder, Images, batches, open_images, to_uint8
 from fewstep.environment import pick_device
-from fewstep.evaluation import EVALUATION_SEED, Generator, evaluate, reference_of
+from fewstep.evaluation import EVALUATION_SEED, GRID_SEED, Generator, evaluate, reference_of
 from fewstep.files import append_jsonl
 from fewstep.interrupts import Interrupted, caught_signals, signalled
 from fewstep.metrics import Extractor, Record, Reference, better, load_extractor
@@ -30,7 +30,6 @@ from fewstep.training import Step, TrainState, training_steps
 from fewstep.types import FewstepError
 
 SIGMA_EDGES = torch.logspace(math.log10(0.002), math.log10(80), 17).tolist()  # the bins of "loss by noise level"
-GRID_SEED = 777  # sample grids use the same noise throughout a run, and in every run
 
 
 def train(

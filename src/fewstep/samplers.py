@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
 
@@ -53,9 +53,12 @@ class FewStep:
         return x
 
 
+S = TypeVar("S", bound="Levels")
+
+
 @dataclass(frozen=True)
-class Heun:
-    """EDM's deterministic second-order sampler of diffusion models (arXiv:2206.00364, alg. 1), 2N - 1 evaluations."""
+class Levels:
+    """The noise levels that a solver of the ODE visits."""
 
     sigmas: tuple[float, ...]
     """EDM noise levels, decreasing; the last step goes to 0"""
@@ -64,9 +67,18 @@ class Heun:
         check_sigmas(self.sigmas)
 
     @classmethod
-    def karras(cls, steps: int) -> "Heun":
-        """On EDM's grid of `steps` noise levels."""
-        return cls(karras_levels(steps))
+    def karras(cls: type[S], steps: int) -> S:
+        """EDM's `steps` noise levels from 80 to 0.002 (rho = 7); a single one is 80."""
+        return cls(tuple(karras_sigmas(steps).flip(0).tolist()) if steps > 1 else (SIGMA_MAX,) * steps)
+
+    @property
+    def nfe(self) -> int:
+        return len(self.sigmas)
+
+
+@dataclass(frozen=True)
+class Heun(Levels):
+    """EDM's deterministic second-order sampler of diffusion models (arXiv:2206.00364, alg. 1), 2N - 1 evaluations."""
 
     @property
     def nfe(self) -> int:
@@ -82,27 +94,12 @@ class Heun:
 
 
 @dataclass(frozen=True)
-class DPMSolver:
+class DPMSolver(Levels):
     """DPM-Solver++(2M) of diffusion models (arXiv:2211.01095, alg. 2) where alpha = 1, lambda = -ln sigma: N evaluations.
 
     Each step goes straight to D, extrapolated in lambda from its last two values to the step's middle; the first step
     has one value only, and the step to 0 ends at D itself.
     """
-
-    sigmas: tuple[float, ...]
-    """EDM noise levels, decreasing; the last step goes to 0"""
-
-    def __post_init__(self) -> None:
-        check_sigmas(self.sigmas)
-
-    @classmethod
-    def karras(cls, steps: int) -> "DPMSolver":
-        """On EDM's grid of `steps` noise levels."""
-        return cls(karras_levels(steps))
-
-    @property
-    def nfe(self) -> int:
-        return len(self.sigmas)
 
     def __call__(self, denoiser: Denoiser, noise: Noise, label: Labels = None, /) -> Sample:
         x = self.sigmas[0] * noise(0)
@@ -113,11 +110,6 @@ class DPMSolver:
             x = ahead + r / t * (x - ahead)
             before, gap = denoised, h
         return denoiser(x, x.new_full((len(x),), self.sigmas[-1]), label)
-
-
-def karras_levels(steps: int) -> tuple[float, ...]:
-    """EDM's `steps` noise levels from 80 to 0.002 (rho = 7); a single one is 80."""
-    return tuple(karras_sigmas(steps).flip(0).tolist()) if steps > 1 else (SIGMA_MAX,) * steps
 
 
 def few_step(steps: int, second_sigma: float = SECOND_SIGMA) -> FewStep:

@@ -8,12 +8,12 @@ import torch
 
 from fewstep.api import generator
 from fewstep.data import to_uint8
+from fewstep.evaluation import GRID_SEED
 from fewstep.metrics import Record
 from fewstep.model import Model
 from fewstep.pictures import grid, png
 from fewstep.report.numbers import value
 from fewstep.report.view import RunView
-from fewstep.run import GRID_SEED
 from fewstep.samplers import Heun, Sampler, few_step
 
 COLUMNS = 10

@@ -127,9 +127,9 @@ class ResultView:
         gain = (self.data.get("gains") or {}).get(name)
         if not gain:
             return ""
-        if number(gain["paired_mean"]) < -2 * number(gain["paired_std"]):
-            return "worse"
-        return "within the noise" if gain["within_noise"] else "better"
+        if gain["within_noise"]:
+            return "within the noise"
+        return "worse" if number(gain["paired_mean"]) < 0 else "better"
 
     def rival(self) -> str:
         """The candidate that the verdict names; "" if it names none."""
