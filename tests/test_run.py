@@ -679,7 +679,7 @@ def test_another_process_is_refused_while_one_trains(data, tmp_path):
 class Poisoned:
     """||a - b||^2, not a number for white images. Trusted by the codec as `test_run`."""
 
-    def __call__(self, a: Tensor, b: Tensor, /) -> Tensor:
+    def __call__(self, a: Tensor, b: Tensor, progress: object = None, /) -> Tensor:
         white = b.flatten(1).mean(1) > 0.9
         return (a - b).square().flatten(1).mean(1) * torch.where(white, float("nan"), 1.0)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data import BatchOrder, DataSpec, batches, open_images, to_float
+from fewstep.data.prepare import Pixels
 from fewstep.ema import Average, ConstantEMA, PowerEMA
 from fewstep.networks import MLP, Architecture, EDMUNet, UNet
 from fewstep.noise import step_seed
@@ -33,7 +34,7 @@ from fewstep.progress import Constant, LearningRate, Progress, SquareRoot, Targe
 from fewstep.recipe import Optimizer, Recipe
 from fewstep.recipes.ct import objective as ct_objective
 from fewstep.recipes.edm import objective as edm_objective
-from fewstep.training import TrainState, find_cause, random_flip, training_steps
+from fewstep.training import TrainState, find_cause, training_steps
 from fewstep.types import FewstepError
 
 CPU = torch.device("cpu")
@@ -216,26 +217,22 @@ def test_the_loss_decreases_on_digits():
 
 
 def test_a_flip_depends_on_the_seed_and_the_images_number_only():
-    x = to_float(pictures(64))
-    a = random_flip(x, 3, 640)
+    stored, flip = pictures(64), Pixels(flip=True)
+    x, a = to_float(stored), flip(stored, 3, 640)
     flipped = torch.tensor([not torch.equal(u, v) for u, v in zip(a, x, strict=True)])
     assert 15 < flipped.sum() < 49
     assert torch.equal(a[flipped], x.flip(-1)[flipped])
-    other = random_flip(to_float(pictures(64, seed=9)), 3, 640)
     y = to_float(pictures(64, seed=9))
+    other = flip(pictures(64, seed=9), 3, 640)
     assert torch.equal(other, torch.where(flipped[:, None, None, None], y.flip(-1), y))
     for seed, nimg in ((4, 640), (3, 704)):
-        assert not torch.equal(random_flip(x, seed, nimg), a)
+        assert not torch.equal(flip(stored, seed, nimg), a)
 
 
-def test_flips_of_two_ranks_are_those_of_one(monkeypatch):
-    x, both = to_float(pictures(8)), []
-    whole = random_flip(x, 0, 0)
-    monkeypatch.setattr("fewstep.training.world", lambda: 2)
-    for rank, half in enumerate(x.split(4)):
-        monkeypatch.setattr("fewstep.training.rank", lambda rank=rank: rank)
-        both.append(random_flip(half, 0, 0))
-    assert torch.equal(torch.cat(both), whole)
+def test_flips_of_two_ranks_are_those_of_one():
+    stored, flip = pictures(8), Pixels(flip=True)
+    both = [flip(half, 0, 0, rank, 2) for rank, half in enumerate(stored.split(4))]
+    assert torch.equal(torch.cat(both), flip(stored, 0, 0))
 
 
 def test_flipping_happens_only_if_asked_and_only_to_x():
@@ -365,7 +362,7 @@ class Poisoned:
     value: float = float("nan")
     gradient_only: bool = False
 
-    def __call__(self, a: Tensor, b: Tensor, /) -> Tensor:
+    def __call__(self, a: Tensor, b: Tensor, progress: object = None, /) -> Tensor:
         m = (a - b).square().flatten(1).mean(1)
         bad = b.flatten(1).mean(1) > 0.9
         if self.gradient_only:  # sqrt has no derivative at 0

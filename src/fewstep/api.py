@@ -13,7 +13,8 @@ from torch import Tensor
 from fewstep import distributed
 from fewstep.combination import Plan
 from fewstep.combination import combine as carry_out_combine
-from fewstep.data import DataSpec, open_images, to_uint8
+from fewstep.data import DataSpec, open_images, originals, to_uint8
+from fewstep.encoding import Encoding, encode
 from fewstep.environment import pick_device
 from fewstep.evaluation import evaluate as evaluate_stream
 from fewstep.evaluation import reference_of, reference_to
@@ -42,9 +43,11 @@ from fewstep.snapshots.sources import read_foreign_header
 from fewstep.types import FewstepError, Labels, Sample
 
 __all__ = [
+    "Encoding",
     "Plan",
     "average",
     "combine",
+    "encode",
     "evaluate",
     "generator",
     "get_recipe",
@@ -70,7 +73,9 @@ def sample(
 def loss(
     model: Model, objective: PairObjective, x: Sample, label: Labels = None, progress: Progress | None = None, seed: int = 0
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The terms of an objective on a batch x [n, C, H, W] in [-1, 1], each a scalar; their sum is the loss.
+    """The terms of an objective on a batch x [n, C, H, W] in [-1, 1] (or of normalised latents), each a scalar.
+
+    Their sum is the loss.
 
     For gradients load the model with load(path, trainable=True).
     """
@@ -100,9 +105,9 @@ def measure_against(
     """
     if isinstance(data, str):
         own = model.info.heldout if heldout is None else heldout
-        data = DataSpec(data, resolution=model.info.architecture.shape[-1], heldout=own)
-    images = open_images(data)
-    seen = images.fingerprint == model.info.data_fingerprint and data.heldout > model.info.heldout
+        data = DataSpec(data, resolution=model.info.image_shape[-1], heldout=own)
+    images = originals(open_images(data))
+    seen = model.info.trained_on(images) and data.heldout > model.info.heldout
     if reference == "heldout" and seen:
         raise FewstepError(
             f"the model was trained with {model.info.heldout:g} held out: at {data.heldout:g} some of its training images "
@@ -189,9 +194,9 @@ def halves(model: Model, data: str | DataSpec, extractor: Extractor, share: floa
     """The training images that a search sees, and those that it does not: by a hash of their names."""
     if not 0 < share < 1:
         raise FewstepError(f"--share must be between 0 and 1, got {share}")
-    held, shape = model.info.heldout, model.info.architecture.shape
+    held, shape = model.info.heldout, model.info.image_shape
     spec = DataSpec(data, resolution=shape[-1], heldout=held) if isinstance(data, str) else data
-    images, limit = open_images(spec), held + (1 - held) * share
+    images, limit = originals(open_images(spec)), held + (1 - held) * share
     if images.shape != shape:
         raise FewstepError(f"the images are {images.shape}, the model makes {shape}: give --data of the model's size")
     searched = images.split("heldout", limit)

@@ -15,6 +15,9 @@ import tyro
 
 from fewstep._version import __version__
 from fewstep.combine_cli import average, combine
+from fewstep.compare_cli import compare
+from fewstep.encode_cli import encode
+from fewstep.inspect_cli import inspect
 
 if TYPE_CHECKING:
     pass
@@ -219,7 +222,7 @@ def train(args: Sequence[str]) -> dict[str, Any] | None:
 
 VERBS: dict[str, Callable[..., Any]] = {
     "demo": demo, "train": train, "combine": combine, "average": average, "sample": sample, "evaluate": evaluate,
-    "report": report, "doctor": doctor,
+    "inspect": inspect, "compare": compare, "report": report, "doctor": doctor, "encode": encode,
 }  # fmt: skip
 
 

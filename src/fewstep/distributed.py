@@ -50,6 +50,16 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
         tensor.copy_(part.reshape(tensor.shape))
 
 
+def gathered(rows: Tensor) -> Tensor:
+    """The rows [n, ...] of every rank, in the order of ranks: [world * n, ...]."""
+    if world() == 1:
+        return rows
+    whole = rows.new_zeros(world() * len(rows), *rows.shape[1:])
+    whole[rank() * len(rows) : (rank() + 1) * len(rows)] = rows
+    dist.all_reduce(whole)
+    return whole
+
+
 def on_first_rank(action: Callable[[], object]) -> None:
     """The first process acts while the others wait; when it fails, all of them do."""
     problem: Exception | None = None

@@ -10,8 +10,8 @@ from fewstep.networks import Architecture
 from fewstep.recipe import Recipe
 from fewstep.snapshots import estimate_bytes
 
-# Forward passes that one image costs, a backward pass counted as two: forward + backward, and the target's forward.
-PASSES = {"diffusion": 3, "consistency": 4}
+# Forward passes that one image costs, a backward pass counted as two: forward + backward, the target's, a teacher's Heun step.
+PASSES = {"diffusion": 3, "consistency": 4, "distillation": 6}
 
 
 def forward_flops(architecture: Architecture) -> int:
@@ -25,23 +25,26 @@ def forward_flops(architecture: Architecture) -> int:
 
 def estimate(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
     """JSON-able: the resolved recipe, its parameter count, bytes of memory (without activations) and disk, its cost."""
-    parameters = sum(p.numel() for p in architecture.skeleton().parameters())
+    skeleton = architecture.skeleton()
+    parameters = sum(p.numel() for p in skeleton.parameters())
+    stored = sum(t.numel() for t in skeleton.state_dict().values())  # TCM's frozen half is not a parameter
     copies = 4 + len(recipe.averages) + bool(recipe.target_decay)  # weights, gradient, two moments
     snapshots = min(recipe.snapshots, recipe.snapshot_keep or recipe.snapshots)
-    flops = forward_flops(architecture)
+    passes = PASSES["distillation" if recipe.teacher else recipe.kind]
+    flops = forward_flops(architecture) * passes
     return {
         "recipe": codec.encode(recipe),
         "shape": list(architecture.shape),
         "num_classes": architecture.num_classes,
         "parameters": parameters,
-        "memory_bytes": 4 * parameters * copies,
-        "disk_bytes": recipe.disk_bytes(parameters),
+        "memory_bytes": 4 * (parameters * copies + stored - parameters + recipe.teacher * stored),
+        "disk_bytes": recipe.disk_bytes(stored),
         "snapshots": snapshots,
-        "bank_bytes": estimate_bytes(snapshots, parameters, "bf16"),
+        "bank_bytes": estimate_bytes(snapshots, stored, "bf16"),
         "images": recipe.total_nimg,
         "steps": -(-recipe.total_nimg // recipe.batch_size),
-        "flops_per_image": flops * PASSES[recipe.kind],
-        "flops": flops * PASSES[recipe.kind] * recipe.total_nimg,
+        "flops_per_image": flops,
+        "flops": flops * recipe.total_nimg,
         "published": recipe.published,
     }
 

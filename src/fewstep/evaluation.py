@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewstep.data import Images, to_uint8
+from fewstep.data import Images, originals, to_uint8
 from fewstep.metrics import Extractor, Moments, Record, Reference, measure
 from fewstep.metrics.reference import METRICS
 from fewstep.noise import NoiseStream
@@ -28,6 +28,8 @@ class Generator:
     num_classes: int = 0
     device: torch.device | str = "cpu"
     batch: int = 500
+    decode: Callable[[Tensor], Tensor] | None = None
+    """makes images of samples that are latents"""
 
     @torch.inference_mode()
     def __call__(
@@ -43,7 +45,8 @@ class Generator:
             def noise(draw: int, indices: range = indices) -> Tensor:
                 return stream.normal(indices, self.shape, draw, self.device)
 
-            yield sampler(self.denoiser, noise, self.labels(stream, indices, label))
+            samples = sampler(self.denoiser, noise, self.labels(stream, indices, label))
+            yield self.decode(samples) if self.decode else samples
 
     def labels(self, stream: NoiseStream, indices: range, label: int | Sequence[int] | None) -> Tensor | None:
         """The labels [n] of the images numbered `indices`."""
@@ -63,7 +66,8 @@ def reference_of(
 
 
 def reference_to(images: Images, extractor: Extractor, name: str, batch: int = 500) -> Reference:
-    """The features of these images, under a name that says which they are."""
+    """The features of these images (of latents: of the images they are of), under a name that says which they are."""
+    images = originals(images)
     cuts = (images.pixels(range(i, min(i + batch, len(images)))) for i in range(0, len(images), batch))
     return Reference.of(extractor, cuts, name)
 

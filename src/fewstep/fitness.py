@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fewstep.data import to_uint8
 from fewstep.evaluation import Generator
+from fewstep.latents import decoder
 from fewstep.metrics import Extractor, Moments, Reference, measure
 from fewstep.metrics.kernel import kernel_slope
 from fewstep.metrics.record import LOWER_IS_BETTER
@@ -32,9 +33,10 @@ MEASURE: Final = {
 
 
 def generator(model: Model, batch: int = 500) -> Generator:
-    """The model as a stream of samples: generator(model)(sampler, num, seed) yields batches in [-1, 1]."""
+    """The model as a stream of samples: generator(model)(sampler, num, seed) yields batches of images in [-1, 1]."""
     arch = model.info.architecture
-    return Generator(model.denoiser, arch.shape, arch.num_classes, model.device, batch)
+    decode = decoder(model.info.latents, model.device)
+    return Generator(model.denoiser, arch.shape, arch.num_classes, model.device, batch, decode)
 
 
 @runtime_checkable

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep import codec
+from fewstep.data import Images, LatentSpace
 from fewstep.files import read_json
 from fewstep.networks import Architecture, Preconditioned
 from fewstep.samplers import SECOND_SIGMA, DPMSolver, Heun, Sampler, few_step
@@ -43,6 +44,19 @@ class ModelInfo:
     """SHA-256 of the weights that training started from"""
     best: dict[str, Any] = field(default_factory=dict)
     """the stamped record that made these weights a run's best, if they are"""
+    latents: LatentSpace | None = None
+    """what its samples are to be decoded with; None: it makes pixels"""
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Of the images it makes, (C, H, W): of a latent model those that are decoded."""
+        return self.latents.image_shape if self.latents else self.architecture.shape
+
+    def trained_on(self, images: Images) -> bool:
+        """Whether these are, by their names and labels, the images that training drew from, as pixels or as latents."""
+        if self.latents:
+            images = replace(images, shape=self.latents.shape, space=self.latents)
+        return images.fingerprint == self.data_fingerprint
 
     def sampler(self, steps: int, solver: str | None = None) -> Sampler:
         """The model's own way of sampling in `steps` steps; a diffusion model's solver may be chosen: heun (its own), dpm."""
@@ -173,6 +187,26 @@ def in_order(files: list[Path], recipe: Path) -> list[Path]:
     return sorted(files, key=lambda file: names.index(file.stem) if file.stem in names else len(names))
 
 
+def check_latents(images: Images, sigma_data: float, init: ModelInfo | None = None) -> None:
+    """FewstepError unless a recipe's sigma_data, and the model that it starts from, go with the latents to train on.
+
+    (Models from elsewhere do not say which latents they are of.)
+    """
+    space = images.space
+    if space and space.sigma_data != sigma_data:
+        raise FewstepError(
+            f"the latents of {images.name} are normalised to a standard deviation of {space.sigma_data}, the recipe has "
+            f"sigma-data {sigma_data}: give --sigma-data {space.sigma_data}, or repeat their `fewstep encode` with "
+            f"--sigma-data {sigma_data} (nothing is encoded again)"
+        )
+    if init and init.latents and not (space and init.latents.same_as(space)):
+        other = "are of another VAE, size or statistics" if space else "are images"
+        raise FewstepError(
+            f"the model of --init was trained on latents of {init.latents.vae}, these data {other}: give the latents that it "
+            "was trained on, or start without --init"
+        )
+
+
 def store_second_sigma(model: Model, sigma: float) -> Model:
     """Write the second step's noise level into the model's file and its copies beside it; the weights stay the same."""
     assert model.path is not None
@@ -184,4 +218,4 @@ def store_second_sigma(model: Model, sigma: float) -> Model:
     return replace(model, info=replace(model.info, second_sigma=sigma))
 
 
-__all__ = ["Model", "ModelInfo", "find", "load", "load_weights", "save_model", "store_second_sigma"]
+__all__ = ["Model", "ModelInfo", "check_latents", "find", "load", "load_weights", "save_model", "store_second_sigma"]

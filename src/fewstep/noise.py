@@ -18,7 +18,17 @@ from torch import Tensor
 from fewstep.types import FewstepError
 
 # What a number is drawn for. Part of every stream's key; the values are part of the format, never renumber them.
-PURPOSE: Final = {"noise": 1, "label": 2, "order": 3, "step": 4, "weights": 5, "subset": 6, "flip": 7}
+PURPOSE: Final = {
+    "noise": 1,
+    "label": 2,
+    "order": 3,
+    "step": 4,
+    "weights": 5,
+    "subset": 6,
+    "flip": 7,
+    "posterior": 8,
+    "times": 9,
+}
 
 
 def philox(seed: int, purpose: str, index: int = 0, draw: int = 0) -> np.random.Generator:

@@ -16,6 +16,8 @@ class Progress:
 
     nimg: int
     total_nimg: int
+    residual: float | None = None
+    """what the run has measured of |D(x_t, t) - D(x_r, r)|, where a distance asks for it (objectives.ResidualScale)"""
 
     @property
     def fraction(self) -> float:

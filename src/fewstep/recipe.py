@@ -9,9 +9,10 @@ import torch
 from fewstep.data import DataSpec
 from fewstep.ema import AverageLaw, ConstantEMA
 from fewstep.networks import Network, UNet
-from fewstep.objectives import PairObjective
+from fewstep.objectives import IntervalScale, LowestOf, PairObjective, Term
 from fewstep.ode import SIGMA_MAX
 from fewstep.progress import Constant, LearningRate, TargetDecay
+from fewstep.timesteps import Adaptive
 from fewstep.types import FewstepError
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -88,8 +89,14 @@ class Recipe:
     """the first is the one a run directory stands for until an evaluation finds a better one"""
     target_decay: TargetDecay | Constant | None = None
     """CT: decay per step of the target network's EMA; None: the online network is its own target"""
+    timesteps: Adaptive | None = None
+    """an adaptive law of times on top of the objective's own; None: its own"""
+    teacher: bool = False
+    """CD: the model of --init, frozen, steps from x_t to x_r; the run keeps a copy of it"""
     starts_from: str = ""
     """what --init should hold, e.g. 'a diffusion model'; empty: random weights are usual"""
+    needs_init: bool = False
+    """without --init the run is refused"""
     seed: int = 0
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """bf16: autocast with fp32 weights and loss; tf32: on CUDA"""
@@ -132,12 +139,25 @@ class Recipe:
             raise FewstepError(
                 "--target-decay.grid and --objective.pairs.grid.intervals differ: give both the same s0 and s1"
             )
+        for name, term in self.objective.terms.items():
+            self.check_term(name, term)
         if self.microbatch is not None and self.microbatch < 1:
             raise FewstepError(f"--microbatch must be 1 or more, got {self.microbatch}")
         if len({law.name for law in self.averages}) < len(self.averages):
             raise FewstepError("two averages have the same name: give each --averages.N another decay or std")
         if self.snapshot_averages and not self.averages:
             raise FewstepError("--snapshot-averages needs averages, e.g. --averages power-0.05 power-0.1")
+
+    def check_term(self, name: str, term: Term) -> None:
+        """FewstepError where a part of the term repeats what the pairs say, and says something else."""
+        grid, option = getattr(self.objective.pairs, "grid", None), f"--objective.terms.{name}"
+        scale = getattr(term.distance, "c", None)
+        if isinstance(scale, IntervalScale) and (grid is None or scale.intervals != grid.intervals):
+            raise FewstepError(
+                f"{option}.distance.c.intervals and --objective.pairs.grid.intervals differ: give both the same s0 and s1"
+            )
+        if isinstance(term.where, LowestOf) and term.where.grid != grid:
+            raise FewstepError(f"{option}.where.grid and --objective.pairs.grid differ: give both the same")
 
     @property
     def snapshots(self) -> int:
@@ -152,6 +172,7 @@ class Recipe:
         snapshots = min(self.snapshots, self.snapshot_keep + 1) if self.snapshot_keep else self.snapshots
         averages = len(self.averages)
         files = snapshots * (1 + averages * self.snapshot_averages) + averages + (self.evaluation.every_nimg > 0)
+        files += self.teacher
         state = 3 + averages + bool(self.target_decay)  # weights, two moments
         return 4 * parameters * (files + 2 * state)
 

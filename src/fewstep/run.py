@@ -14,20 +14,21 @@ import torch
 
 from fewstep import distributed
 from fewstep.console import ProgressLine
-from fewstep.data import BatchOrder, Images, batches, open_images, to_uint8
+from fewstep.data import BatchOrder, Images, batches, open_images, preparation, to_uint8
 from fewstep.environment import pick_device
 from fewstep.evaluation import EVALUATION_SEED, GRID_SEED, Generator, evaluate, reference_of
 from fewstep.files import append_jsonl
 from fewstep.interrupts import Interrupted, caught_signals, signalled
+from fewstep.latents import decoder
 from fewstep.metrics import Extractor, Record, Reference, better, load_extractor
-from fewstep.model import Model, ModelInfo, load_weights, save_model
-from fewstep.networks import Architecture
+from fewstep.model import Model, ModelInfo, load, load_weights, save_model
+from fewstep.networks import Architecture, Spliced
 from fewstep.pictures import beside, grid, save
 from fewstep.progress import Progress
 from fewstep.recipe import Recipe
 from fewstep.rundir import RunDir
 from fewstep.training import Step, TrainState, training_steps
-from fewstep.types import FewstepError
+from fewstep.types import Denoiser, FewstepError
 
 SIGMA_EDGES = torch.logspace(math.log10(0.002), math.log10(80), 17).tolist()  # the bins of "loss by noise level"
 
@@ -47,14 +48,21 @@ def train(
     images = open_images(recipe.data)
     shown = images.split("train", recipe.data.heldout)
     architecture = architecture_for(recipe, images)
+    if recipe.needs_init and not init and not resume:
+        raise FewstepError(f"{recipe.name} starts from {recipe.starts_from}: give its run or snapshot with --init")
     state = TrainState.create(recipe, architecture, place)
     if init:
-        load_weights(state.model, init.denoiser.state_dict(), str(init.path))
-        state.start_from(init.denoiser.state_dict())
+        tensors = init.denoiser.state_dict()
+        if isinstance(recipe.network, Spliced):
+            tensors = recipe.network.start_from(tensors)
+        load_weights(state.model, tensors, str(init.path))
+        state.start_from(tensors)
+    if distributed.rank() == 0:
+        decoder(images.space, place)  # for the grids: a VAE that is missing is told of now, not hours later
     judge = Judge.of(recipe, images, place) if recipe.evaluation.every_nimg and distributed.rank() == 0 else None
     run = RunDir(out)  # nothing there is touched before all of the above has worked
     try:
-        needed = recipe.disk_bytes(sum(p.numel() for p in state.model.parameters()))
+        needed = recipe.disk_bytes(sum(t.numel() for t in state.model.state_dict().values()))
         distributed.on_first_rank(lambda: run.claim(str(place), recipe, resume, overwrite, needed))
         seconds, origin = 0.0, init.sha256 if init else ""
         if resume:
@@ -67,16 +75,20 @@ def train(
                 run.forget_after(state.nimg)
                 run.thin(recipe.snapshot_keep)
             else:
+                if recipe.teacher and init:
+                    save_model(run.teacher_file, init.denoiser.state_dict(), init.info)
                 run.save_state(state, seconds, origin, images.fingerprint)
+        distributed.barrier()
+        teacher = load(run.teacher_file, place).denoiser if recipe.teacher else None
         if recipe.compile:
             state.model.network.compile()
         info = ModelInfo(
             architecture, recipe.kind, recipe=recipe.name, data=images.name, heldout=recipe.data.heldout,
             data_fingerprint=images.fingerprint, class_names=images.class_names, second_sigma=recipe.second_sigma,
-            initialised_from=origin,
+            initialised_from=origin, latents=images.space,
         )  # fmt: skip
         with float32_precision(recipe.precision):
-            Keeper(run, recipe, state, info, judge, seconds, quiet).train(shown)
+            Keeper(run, recipe, state, info, judge, seconds, quiet).train(shown, teacher)
     finally:
         run.release()
     return run
@@ -138,17 +150,20 @@ class Keeper:
         self.board = tensorboard_writer(self.run.path, self.state.nimg) if self.main else None
         self.clock = time.monotonic() - self.seconds
 
-    def train(self, shown: Images) -> None:
+    def train(self, shown: Images, teacher: Denoiser | None = None) -> None:
         """From the state's position to the end of the recipe."""
         recipe, state, total = self.recipe, self.state, self.recipe.total_nimg
         order = BatchOrder(len(shown), recipe.seed)
+        whole = getattr(recipe.objective.coupling, "over", "rank") == "world"  # then every process needs all rows
         feed = batches(
-            shown, order, state.nimg, recipe.batch_size, rank=distributed.rank(), world=distributed.world()
+            shown, order, state.nimg, recipe.batch_size, rank=0 if whole else distributed.rank(),
+            world=1 if whole else distributed.world(),
         )  # fmt: skip
+        labelled = feed if recipe.conditional else ((pixels, None) for pixels, _ in feed)
+        steps = training_steps(state, recipe, labelled, teacher, preparation(shown, recipe.data))
         line = ProgressLine(recipe.name, total, state.nimg, quiet=self.quiet or not self.main)
-        with closing(feed), line, closing(self.board) if self.board else nullcontext(), caught_signals() as caught:
-            labelled = feed if recipe.conditional else ((pixels, None) for pixels, _ in feed)
-            steps = training_steps(state, recipe, labelled)
+        board = closing(self.board) if self.board else nullcontext()
+        with closing(feed), closing(steps), line, board, caught_signals() as caught:
             while state.nimg < total:
                 step = next(steps)
                 if step.problem:
@@ -217,7 +232,8 @@ class Keeper:
         denoiser = copy.deepcopy(self.state.model).eval().requires_grad_(False)
         denoiser.load_state_dict(self.state.weights(name))
         arch = self.info.architecture
-        return Generator(denoiser, arch.shape, arch.num_classes, self.state.device)
+        decode = decoder(self.info.latents, self.state.device)
+        return Generator(denoiser, arch.shape, arch.num_classes, self.state.device, decode=decode)
 
     def draw_grid(self) -> None:
         """Samples of the first average, else the raw weights, from the run's fixed noise: 1 | 2 steps, or 18 Heun steps."""
@@ -288,6 +304,7 @@ class LogRow:
     def __init__(self, bins: int, device: torch.device):
         self.steps, self.images, self.began = 0, 0, time.monotonic()
         self.losses: dict[str, float] = {}
+        self.notes: dict[str, float] = {}
         self.norm = self.lr = 0.0
         self.edges = torch.tensor(SIGMA_EDGES, device=device)
         self.sums, self.counts = torch.zeros(bins, device=device), torch.zeros(bins, device=device)
@@ -297,6 +314,8 @@ class LogRow:
             return
         for name, value in step.losses.items():
             self.losses[name] = self.losses.get(name, 0.0) + value
+        for name, value in step.notes.items():
+            self.notes[name] = self.notes.get(name, 0.0) + value
         self.steps, self.norm, self.lr = self.steps + 1, self.norm + step.gradient_norm, step.lr
         self.images += len(step.t) * distributed.world()
         bins = torch.bucketize(step.t, self.edges)
@@ -307,6 +326,7 @@ class LogRow:
         means = (self.sums / self.counts).tolist()
         return {
             "losses": {name: value / self.steps for name, value in self.losses.items()},
+            **{name: value / self.steps for name, value in self.notes.items()},
             "lr": self.lr,
             "gradient_norm": self.norm / self.steps,
             "images_per_second": round(self.images / max(time.monotonic() - self.began, 1e-9), 1),

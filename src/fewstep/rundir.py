@@ -26,7 +26,7 @@ ALTERABLE = {
     "snapshot_averages", "grid_nimg", "evaluation", "second_sigma", "published",
 }  # fmt: skip
 HISTORY = f"averages/*/{'[0-9]' * 12}.safetensors"  # snapshots of the averages
-WEIGHTS = ("snapshots/*.safetensors", "averages/*.safetensors", HISTORY)
+WEIGHTS = ("snapshots/*.safetensors", "averages/*.safetensors", HISTORY, "teacher.safetensors")
 
 
 class RunDir:
@@ -40,6 +40,7 @@ class RunDir:
         self.problems_file = self.path / "problems.jsonl"
         self.environment_file = self.path / "environment.json"
         self.state_file = self.path / "state.safetensors"
+        self.teacher_file = self.path / "teacher.safetensors"
         self.lock: IO[str] | None = None
 
     def snapshot_file(self, nimg: int, weights: str = "online") -> Path:

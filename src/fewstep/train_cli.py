@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +18,7 @@ from fewstep.data import open_images
 from fewstep.ema import AverageLaw, average_law
 from fewstep.estimate import estimate, summary
 from fewstep.model import Model, load
-from fewstep.networks import Architecture
+from fewstep.networks import Architecture, inherited, named
 from fewstep.recipe import Recipe, with_sigma_data
 from fewstep.run import architecture_for
 from fewstep.run import train as run_train
@@ -39,6 +39,8 @@ def train(args: Sequence[str]) -> dict[str, Any] | None:
     peek.add_argument("--init")
     peek.add_argument("--out", type=Path)
     peek.add_argument("--resume", action="store_true")
+    peek.add_argument("--without", nargs="*", default=[])
+    peek.add_argument("--network")
     early, _ = peek.parse_known_args(rest)
     preset = recipe = recipes.recipe(name, early.preset)
     init = load(early.init) if early.init else None
@@ -48,6 +50,14 @@ def train(args: Sequence[str]) -> dict[str, Any] | None:
         recipe = stored_recipe(early.out, name)
     elif init:
         recipe = inherit(recipe, init)
+    if early.network:
+        if init or early.resume:
+            raise FewstepError("the network is that of --init or of the run to resume: leave out --network")
+        recipe = replace(recipe, network=named(early.network))
+    if early.without and early.resume:
+        raise FewstepError("--resume keeps the recipe of the run: leave out --without")
+    for part in early.without:
+        recipe = recipes.without(name, recipe, part)
     options, recipe = parse_train(name, rest, recipe)
     if any(codec.encode(getattr(recipe, f)) != codec.encode(getattr(preset, f)) for f in PUBLISHED_WITH):
         recipe = replace(recipe, published="")
@@ -91,6 +101,10 @@ class TrainOptions:
     """continue the run in --out, bit for bit"""
     overwrite: bool = False
     """replace the run in --out"""
+    without: tuple[str, ...] = ()
+    """parts of a method to leave out, for ablations: see the recipe's page (slct: cauchy denoising ot adaptive-c nsln)"""
+    network: str | None = None
+    """unet, ddpm++, ncsn++, dit-s, dit-b, dit-l or dit-xl in place of the preset's; then --network.FIELD changes it"""
     dry_run: bool = False
     """print the resolved recipe and its cost, and stop"""
     device: str = "auto"
@@ -166,8 +180,7 @@ def stored_recipe(out: Path, name: str) -> Recipe:
 def inherit(recipe: Recipe, init: Model) -> Recipe:
     """The recipe with the network, classes and image size of the model it starts from, and its own dropout."""
     arch = init.info.architecture
-    own = {f.name: getattr(recipe.network, f.name) for f in fields(recipe.network) if f.name.startswith("dropout")}  # type: ignore[arg-type]
-    network = replace(arch.network, **{k: v for k, v in own.items() if hasattr(arch.network, k)})  # type: ignore[type-var]
+    network = inherited(recipe.network, arch.network)
     data = replace(recipe.data, resolution=recipe.data.resolution or arch.shape[-1])
     recipe = replace(recipe, network=network, data=data, conditional=arch.num_classes > 0)
     return with_sigma_data(recipe, arch.sigma_data)

@@ -11,11 +11,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int64, UInt8
+from jaxtyping import Float, Int, Int64, UInt8
 from torch import Tensor
 
+from fewstep import codec
 from fewstep.data.decode import Decoder, Source
 from fewstep.data.files import ENDINGS, folder, zipped
+from fewstep.data.latent_space import LatentSpace
+from fewstep.data.latents import Encoded, is_encoded
 from fewstep.data.tables import digits, hugging_face, npz, parquet
 from fewstep.types import FewstepError
 
@@ -28,8 +31,8 @@ class DataSpec:
     """Where the images come from and how they are prepared."""
 
     source: str = "digits"
-    """`digits` (bundled), a folder of images, FILE.zip, FILE.parquet or a folder of *.parquet, FILE.npz, or
-    hf:NAME[:SPLIT] for a Hugging Face data set (SPLIT is train if not given)."""
+    """`digits` (bundled), a folder of images, FILE.zip, FILE.parquet or a folder of *.parquet, FILE.npz,
+    hf:NAME[:SPLIT] for a Hugging Face data set (SPLIT is train if not given), or what `fewstep encode` wrote."""
     resolution: int | None = None
     """Center-crop to a square and resize to this many pixels. None: keep; all images must then be one square size."""
     flip: bool = False
@@ -49,10 +52,11 @@ class DataSpec:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """A finite ordered set of uint8 images, all of one shape [c, h, w].
+    """A finite ordered set of uint8 images, or of their latents, all of one shape [c, h, w].
 
     `keys` name the images and never depend on the machine: the path below the root for files, FILE:ROW for parquet,
     the row's number otherwise. `rows` says where in `fetch` they are, so a split shares its pixels with the whole.
+    Latents have the keys, labels and name of the images they are of, so that they are split alike.
     """
 
     name: str
@@ -62,6 +66,10 @@ class Images:
     class_names: tuple[str, ...] = field(repr=False)
     rows: Int64[Tensor, " n"] = field(repr=False)
     fetch: Callable[[Tensor], Tensor] = field(repr=False)
+    space: LatentSpace | None = field(default=None, repr=False)
+    """of latents; None: pixels"""
+    encoded_from: DataSpec | None = None
+    """where the images are that the latents are of"""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -73,12 +81,15 @@ class Images:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the shape, every key and the labels. Pixels are not read."""
+        """SHA-256 of the shape, every key, the labels, and the space of latents. Pixels are not read."""
         labels = None if self.labels is None else self.labels.tolist()
-        return sha256(json.dumps([self.shape, self.keys, labels]).encode()).hexdigest()
+        space = [codec.encode(replace(self.space, vae=""))] if self.space else []
+        return sha256(json.dumps([self.shape, self.keys, labels, *space]).encode()).hexdigest()
 
-    def pixels(self, indices: Sequence[int] | Int[Tensor, " m"]) -> UInt8[Tensor, "m c h w"]:
-        """The images at these positions of the set."""
+    def pixels(
+        self, indices: Sequence[int] | Int[Tensor, " m"]
+    ) -> UInt8[Tensor, "m c h w"] | Float[Tensor, "m f p h w"]:
+        """The images at these positions of the set; of latents the stored rows, for `preparation`."""
         return self.fetch(self.rows[torch.as_tensor(indices, dtype=torch.int64, device="cpu")])
 
     def split(self, which: Literal["train", "heldout", "all"], fraction: float) -> "Images":
@@ -115,6 +126,8 @@ def open_images(spec: DataSpec, progress: Callable[[int, int], None] | None = No
 
     `progress(done, total)` is called at most 100 times, and only while images are decoded into memory.
     """
+    if is_encoded(Path(spec.source).expanduser()):
+        return open_latents(spec)
     source = open_source(spec.source)
     if not source.keys:
         raise FewstepError(f"{spec.source} holds no images ({' '.join(ENDINGS)}); is it the right place?")
@@ -124,6 +137,49 @@ def open_images(spec: DataSpec, progress: Callable[[int, int], None] | None = No
     streamed = large if spec.streamed is None else spec.streamed
     fetch = decode if streamed else decode(rows, progress).__getitem__
     return Images(source.name, decode.shape, source.keys, labels, class_names, rows, fetch)
+
+
+def open_latents(spec: DataSpec) -> Images:
+    """The latents in a folder; FewstepError where they are not what the spec asks for."""
+    encoded = Encoded.open(Path(spec.source).expanduser())
+    side = encoded.space.resolution
+    if spec.resolution not in (None, side):
+        raise FewstepError(
+            f"{spec.source} holds latents of {side} x {side} images, not of {spec.resolution} x {spec.resolution}: leave "
+            "out --data.resolution, or encode the images at that size"
+        )
+    if spec.flip and not encoded.flips:
+        raise FewstepError(f"{spec.source} holds no flipped latents: leave out --data.flip, or fewstep encode --flip")
+    labels = torch.tensor(encoded.labels) if spec.use_labels and encoded.labels else None
+    return Images(
+        encoded.name, encoded.space.shape, encoded.keys, labels, encoded.class_names if labels is not None else (),
+        torch.arange(len(encoded.keys)), encoded, encoded.space, encoded.data,
+    )  # fmt: skip
+
+
+def originals(images: Images) -> Images:
+    """The images that latents are of, of the same keys in the same order; images are returned as they are."""
+    if images.encoded_from is None or images.space is None:
+        return images
+    spec = replace(images.encoded_from, use_labels=images.labels is not None, streamed=True)
+    side, problem = images.space.resolution, ""
+    try:
+        whole = open_images(spec)
+        place = {key: row for key, row in zip(whole.keys, whole.rows.tolist(), strict=True)}
+        missing = [key for key in images.keys if key not in place]
+        if missing:
+            problem = f"{spec.source} lacks {len(missing)} of them, {missing[0]} for one"
+        elif whole.shape != images.space.image_shape:
+            problem = f"those in {spec.source} are {' x '.join(map(str, whole.shape))}"
+    except FewstepError as error:
+        problem = str(error)
+    if problem:
+        raise FewstepError(
+            f"the images that the latents of {images.name} were encoded from are gone ({problem}): put them back, or repeat "
+            f"`fewstep encode` with the place where they are now; to measure a model, give its --data images of {side} x {side}"
+        )
+    rows = torch.tensor([place[key] for key in images.keys], dtype=torch.int64)
+    return replace(whole, keys=images.keys, labels=images.labels, rows=rows)
 
 
 def open_source(text: str) -> Source:

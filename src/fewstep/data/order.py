@@ -9,7 +9,7 @@ from itertools import count
 from typing import TypeVar
 
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64
 from torch import Tensor
 
 from fewstep.data.images import Images
@@ -39,8 +39,8 @@ class BatchOrder:
 
 def batches(
     images: Images, order: BatchOrder, start: int, batch_size: int, *, rank: int = 0, world: int = 1
-) -> Generator[tuple[UInt8[Tensor, "m c h w"], Int64[Tensor, " m"] | None], None, None]:
-    """(pixels, labels) for ever, from the image number `start` on; each process gets its own slice of each batch."""
+) -> Generator[tuple[Tensor, Int64[Tensor, " m"] | None], None, None]:
+    """(what `Images.pixels` gives, labels) for ever, from the image number `start` on; each process gets its slice of each."""
     if batch_size < 1 or batch_size % world:
         raise FewstepError(f"a batch of {batch_size} images cannot be shared by {world} processes; give a multiple")
     assert order.n == len(images)

@@ -1,28 +1,57 @@
 """Networks behind the Denoiser protocol. A network's configuration is a frozen dataclass whose build() makes the module."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import TypeAlias
 
 import torch
-from torch import nn
 
+from fewstep.networks.dit import DiT
 from fewstep.networks.edm_unet import EDMUNet
 from fewstep.networks.mlp import MLP
+from fewstep.networks.norms import Norm
 from fewstep.networks.preconditioning import Preconditioned, coefficients
+from fewstep.networks.protocol import Network
+from fewstep.networks.splice import Spliced, inherited
 from fewstep.networks.unet import UNet
 from fewstep.noise import dropout_stream, philox
+from fewstep.types import FewstepError
 
-__all__ = ["MLP", "Architecture", "EDMUNet", "Network", "Preconditioned", "UNet", "coefficients"]
+__all__ = [
+    "MLP",
+    "NAMED",
+    "AnyNetwork",
+    "Architecture",
+    "DiT",
+    "EDMUNet",
+    "Network",
+    "Norm",
+    "Preconditioned",
+    "Spliced",
+    "UNet",
+    "coefficients",
+    "inherited",
+    "named",
+]
+
+AnyNetwork: TypeAlias = UNet | EDMUNet | DiT | MLP | Spliced
+
+NAMED: dict[str, Callable[[], Network]] = {
+    "unet": UNet,
+    "ddpm++": EDMUNet,
+    "ncsn++": lambda: EDMUNet(style="ncsn++"),
+    "dit-s": DiT,
+    "dit-b": lambda: DiT(width=768, depth=12, heads=12),
+    "dit-l": lambda: DiT(width=1024, depth=24, heads=16),
+    "dit-xl": lambda: DiT(width=1152, depth=28, heads=16),
+}
 
 
-@runtime_checkable
-class Network(Protocol):
-    """A raw network's configuration."""
-
-    def build(self, shape: tuple[int, ...], num_classes: int) -> nn.Module: ...
-
-
-AnyNetwork: TypeAlias = UNet | EDMUNet | MLP
+def named(name: str) -> Network:
+    """The network with the default constants called `name`; FewstepError listing the known ones."""
+    if name not in NAMED:
+        raise FewstepError(f"unknown network {name!r}: choose from {', '.join(NAMED)}")
+    return NAMED[name]()
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fewstep.networks.limits import check_dropout, check_multipliers, check_positive
+from fewstep.networks.norms import Norm, check_norm, replace_group_norms
 from fewstep.types import FewstepError, Labels, Times
 
 Resampling: TypeAlias = Literal["up", "down", "fused down"] | None
@@ -54,6 +55,8 @@ class EDMUNet:
     """Filter, noise embedding and input pyramid: see the top of this file."""
     augment_dim: int = 9
     """Length of EDM's augmentation labels: always zero here, but their parameter is kept so that public weights fit."""
+    norm: Norm = "group"
+    """What stands in the place of every group norm; nonscaling-layer is sLCT's, for latents. Public weights need group."""
 
     def __post_init__(self) -> None:
         if self.channels < 4 or self.channels % 4:
@@ -61,6 +64,7 @@ class EDMUNet:
         check_positive(self, ("blocks",))
         check_multipliers(self.multipliers)
         check_dropout(self.dropout)
+        check_norm(self.norm)
         if self.augment_dim < 0:
             raise FewstepError(f"--network.augment-dim must be 0 or more, got {self.augment_dim}")
 
@@ -73,7 +77,9 @@ class EDMUNet:
         if height % divisor:
             fix = f"resize the images to a multiple of {divisor} or shorten multipliers={self.multipliers}"
             raise FewstepError(f"the U-Net cannot halve {height} that often: {fix}")
-        return _EDMUNet(self, shape, num_classes)
+        network = _EDMUNet(self, shape, num_classes)
+        replace_group_norms(network, self.norm, shape, num_classes)
+        return network
 
     def dropout_at(self, resolution: int) -> float:
         """The dropout probability of the blocks at `resolution`."""

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fewstep.networks.limits import check_dropout, check_multipliers, check_positive
+from fewstep.networks.norms import Norm, check_norm, replace_group_norms
 from fewstep.types import FewstepError
 
 LOW_FREQUENCY = 0.002  # cycles kept by low_frequency_time: at most 0.5 rad per e-fold of sigma
@@ -37,16 +38,22 @@ class UNet:
     low_frequency_time: bool = True
     """keep only the sinusoids of the time embedding that turn at most 0.5 rad per e-fold of sigma (the others, up to 250,
     hurt consistency tuning: see docs/log.md). Only weights are zeroed: the network stays a stock UNet2DModel."""
+    norm: Norm = "group"
+    """what stands in the place of every group norm; nonscaling-layer is sLCT's, for latents. Only with group is the network
+    a stock UNet2DModel"""
 
     def __post_init__(self) -> None:
         check_positive(self, ("channels", "layers", "head_dim", "norm_groups"))
         check_multipliers(self.multipliers)
         check_dropout(self.dropout)
+        check_norm(self.norm)
 
     def build(self, shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The module F(x [n, C, H, W], c_noise [n], label [n] | None) -> [n, C, H, W]; shape is (C, H, W)."""
         size = check_image_shape(shape, len(self.multipliers))
-        return _UNet(self, shape[0], size, num_classes)
+        network = _UNet(self, shape[0], size, num_classes)
+        replace_group_norms(network, self.norm, shape, num_classes)
+        return network
 
 
 def check_image_shape(shape: tuple[int, ...], levels: int) -> int:

@@ -16,6 +16,7 @@ from fewstep.objectives.couplings import Coupling, Independent
 from fewstep.objectives.distances import Distance
 from fewstep.objectives.masks import Everywhere, Mask
 from fewstep.objectives.pairs import PairSampler
+from fewstep.objectives.scales import ResidualScale
 from fewstep.objectives.weightings import Weighting
 from fewstep.ode import Heun, Solver
 from fewstep.progress import Progress
@@ -60,6 +61,11 @@ class Pair:
     r: Times
     denoised_t: Sample
     denoised_r: Sample
+
+    def log_residual(self) -> PerSample:
+        """ln of the root mean square of D(x_t, t) - D(x_r, r) over C, H, W, [n]; no gradient."""
+        difference = (self.denoised_t.detach().float() - self.denoised_r.float()).flatten(1)
+        return difference.square().mean(1).clamp(min=1e-24).log() / 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,28 +113,65 @@ class PairObjective:
         draw = self.draw(x, progress, seed)
         return {name: loss.mean() for name, loss in self.losses(nets, x, label, draw, progress).items()}
 
-    def draw(self, x: Sample, progress: Progress, seed: int, rank: int = 0, world: int = 1) -> Draw:
-        """Times and noise for this rank's rows x of a batch of world * n; the same rows at any world size."""
+    def draw(
+        self, x: Sample, progress: Progress, seed: int, rank: int = 0, world: int = 1, label: Labels = None
+    ) -> Draw:
+        """Times and noise for this rank's rows x of a batch of world * n; the same rows at any world size.
+
+        (A coupling sees the rows it is given: this rank's, or, for one over the world, the whole batch as rank 0 of 1.)
+        """
         n, generator = len(x), torch.Generator(x.device).manual_seed(seed)
         t, r = self.pairs(n * world, progress, generator)
         noise = torch.randn(n * world, *x.shape[1:], generator=generator, device=x.device, dtype=x.dtype)
-        share = {name: normalised(term.where(t, r, progress)) for name, term in self.terms.items()}
-        mine = Draw(t, r, noise, share, seed + 1).rows(rank * n, (rank + 1) * n)
-        return replace(mine, noise=self.coupling(x, mine.noise))
+        mine = Draw(t, r, noise, self.shares(t, r, progress), seed + 1).rows(rank * n, (rank + 1) * n)
+        return replace(mine, noise=self.coupling(x, mine.noise, label))
+
+    def shares(self, t: Times, r: Times, progress: Progress) -> dict[str, PerSample]:
+        """What each sample of a whole batch counts in each term, [n]; its mean is 1, or 0 where a term applies nowhere."""
+        return {name: normalised(term.where(t, r, progress)) for name, term in self.terms.items()}
+
+    def retimed(
+        self, draw: Draw, u: Times, importance: PerSample, progress: Progress, seed: int, rank: int = 0
+    ) -> Draw:
+        """The draw with times at the quantiles u of the pairs' law, for an adaptive law of u; the noise stays.
+
+        u, importance: of the whole batch [world * n]. The importance multiplies what a sample counts in every term.
+        """
+        t, r = self.pairs(len(u), progress, torch.Generator(u.device).manual_seed(seed), u)
+        share = {name: share * importance for name, share in self.shares(t, r, progress).items()}
+        n = len(draw.t)
+        new = Draw(t, r, t, share, draw.dropout_seed - rank * n).rows(rank * n, (rank + 1) * n)
+        return replace(new, noise=draw.noise)
 
     def losses(self, nets: Networks, x: Sample, label: Labels, draw: Draw, progress: Progress) -> dict[str, PerSample]:
         """Per term, one value per sample [n] whose mean over the whole batch is the term."""
+        return self.weigh(self.pair(nets, x, label, draw, progress), draw, progress)
+
+    def pair(self, nets: Networks, x: Sample, label: Labels, draw: Draw, progress: Progress) -> Pair:
+        """The two estimates of every sample: all that the terms see of the networks."""
         t, r = draw.t, draw.r
         x_t = x + like(t, x) * draw.noise
         with dropout_stream(draw.dropout_seed, x.device):
             denoised_t = nets.online(x_t, t, label)
         with torch.no_grad(), dropout_stream(draw.dropout_seed, x.device):
             denoised_r = self.denoise_r(nets, x, x_t, label, draw, progress)
-        pair = Pair(x, t, r, denoised_t, denoised_r)
+        return Pair(x, t, r, denoised_t, denoised_r)
+
+    def weigh(self, pair: Pair, draw: Draw, progress: Progress) -> dict[str, PerSample]:
+        """Per term, one value per sample [n] whose mean over the whole batch is the term."""
+        weights = {
+            name: draw.share[name] * term.scale * term.weighting(pair.t, pair.r) for name, term in self.terms.items()
+        }
         return {
-            name: draw.share[name] * term.scale * term.weighting(t, r) * term.distance(denoised_t, term.target(pair))
+            name: weights[name] * term.distance(pair.denoised_t, term.target(pair), progress)
             for name, term in self.terms.items()
         }
+
+    @property
+    def residual_scale(self) -> ResidualScale | None:
+        """The scale that follows the measured residual, if a term's distance has one."""
+        scales = [getattr(term.distance, "c", None) for term in self.terms.values()]
+        return next((c for c in scales if isinstance(c, ResidualScale)), None)
 
     def denoise_r(
         self, nets: Networks, x: Sample, x_t: Sample, label: Labels, draw: Draw, progress: Progress

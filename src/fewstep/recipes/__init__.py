@@ -36,3 +36,11 @@ def recipe(name: str, preset: str | None = None) -> Recipe:
     if preset is not None and preset not in known:
         raise FewstepError(f"{name} has no preset {preset!r}: choose from {', '.join(known)}")
     return known[preset or next(iter(known))]()
+
+
+def without(name: str, recipe: Recipe, part: str) -> Recipe:
+    """The recipe less a part of its method, for ablations; FewstepError where the method has no such part."""
+    undo = getattr(module(name), "without", None)
+    if undo is None:
+        raise FewstepError(f"{name} has no parts to leave out: --without is for slct")
+    return undo(recipe, part)

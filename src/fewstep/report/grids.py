@@ -73,7 +73,7 @@ def sampled(name: str, model: Model, sampler: Sampler, known: Sequence[Record], 
 
 def makes_pictures(model: Model) -> bool:
     """Whether its samples are grey or colour images."""
-    return len(shape := model.info.architecture.shape) == 3 and shape[0] in (1, 3)
+    return len(shape := model.info.image_shape) == 3 and shape[0] in (1, 3)
 
 
 def told(names: Sequence[str]) -> str:
