@@ -310,7 +310,7 @@ def test_posterior_samples_have_the_posteriors_mean_and_variance(latents):
     assert (z.var(0) - 1).abs().max() < 6 * (2 / 600) ** 0.5
     assert abs((z[1:] * z[:-1]).mean()) < 5 / z.numel() ** 0.5
     assert abs((z[:, 1:] * z[:, :-1]).mean()) < 5 / z.numel() ** 0.5
-    assert torch.equal(data.space.means(rows), rows[:, 0, :4])
+    assert torch.equal(prepare.means(rows), rows[:, 0, :4])
 
 
 # ------------------------------------------------------------------------------------------- interrupted and repeated

@@ -156,13 +156,15 @@ def test_before_anything_is_measured_the_law_is_uniform_exactly(name):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("size", [0.0, 0.1, 7.3])
 def test_equal_statistics_and_equal_rewards_leave_the_law_uniform_exactly(name, size):
-    sampler = taught(
-        CONFIGS[name].build(IMAGE, CPU, 0),
-        12,
-        lambda u: size * torch.ones_like(u),
-        lambda x, u, at: size * torch.ones_like(u),
-    )
+    sampler = CONFIGS[name].build(IMAGE, CPU, 0)
+    taught(sampler, 12, lambda u: size * torch.ones_like(u), lambda x, u, at: size * torch.ones_like(u), n=50)
     assert is_uniform(sampler)
+
+
+def test_a_loss_that_changes_by_rounding_only_teaches_nothing():
+    sampler = taught(SMALL.build(IMAGE, CPU, 0), 12, fell=lambda x, u, at: 2e-7 * u)
+    assert is_uniform(sampler)
+    assert not is_uniform(taught(sampler, 12, fell=lambda x, u, at: 2e-3 * u))
 
 
 def test_a_loss_of_the_same_spread_everywhere_leaves_the_law_uniform_but_for_chance():

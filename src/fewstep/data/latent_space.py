@@ -73,10 +73,6 @@ class LatentSpace:
         mean, scale = constants(self, normalised.device)
         return normalised * scale + mean
 
-    def means(self, stored: Float[Tensor, "n f p h w"]) -> Float[Tensor, "n c h w"]:
-        """Of stored rows (see fewstep.data.prepare.Latents) the posteriors' means, or samples: not flipped, not normalised."""
-        return stored[:, 0, : self.shape[0]].float()
-
     def same_as(self, other: "LatentSpace") -> bool:
         """Whether both are one space; the VAE may lie in another place."""
         return replace(self, vae="") == replace(other, vae="")

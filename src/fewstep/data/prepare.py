@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fewstep.data.decode import to_float
@@ -77,3 +77,7 @@ class Latents:
             noise = torch.randn(n * world, *mean.shape[1:], generator=generator, device=mean.device)
             mean = mean + (rest / 2).exp() * noise[rank * n : (rank + 1) * n]
         return self.space.normalise(mean)
+
+    def means(self, stored: Tensor) -> Float[Tensor, "n c h w"]:
+        """The posteriors' means (or the one sample), not flipped and not normalised."""
+        return stored[:, 0, : self.space.shape[0]].float()
