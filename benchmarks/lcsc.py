@@ -9,7 +9,7 @@
 
 Parts: `seeds` (3 search seeds on each run, all baselines at equal evaluations), `evaluations` (evolution's 400 candidates
 against the span search's few), `training` (windows that end earlier), `steps` (1 step after against 2 before), `diffusion`
-(solver steps before and after), `storage` (what a bank's rounding does to the metric).
+(solver steps before and after), `storage` (what a bank's rounding does to the weights and to the metric).
 """
 
 import itertools
@@ -32,7 +32,7 @@ from fewstep.environment import environment
 from fewstep.evaluation import Generator, evaluate, search_second_sigma
 from fewstep.fitness import Metric
 from fewstep.metrics import load_extractor
-from fewstep.model import load
+from fewstep.model import Model, load
 from fewstep.samplers import FewStep
 from fewstep.snapshots import read_header
 
@@ -183,13 +183,15 @@ def diffusion(runs: list[Path]) -> dict[str, Any]:
 
 
 def storage(runs: list[Path]) -> dict[str, Any]:
-    """The Frechet distance of combinations made by each kind of bank against float64: relative differences, largest first.
+    """Combinations made by each kind of bank against float64, the largest relative error of 5 vectors of each size: of the
+    weights, ||theta - truth|| / ||truth||, and of the Frechet distance of their images.
 
-    Vectors: 5 of normal coefficients around an EMA, scaled so that the largest is 0.5, 2 and 6, divided to sum 1.
+    Vectors: normal coefficients around an EMA, scaled so that the largest is 0.5, 2 and 6, divided to sum 1; size 0 is the
+    EMA (decay 0.98 a step of 128 images) and the uniform average.
     """
     import numpy as np
 
-    from fewstep.snapshots import Bank, checkpoint_files
+    from fewstep.snapshots import Bank, checkpoint_files, read_checkpoint
     from fewstep.snapshots.profiles import ema
 
     found: dict[str, Any] = {}
@@ -199,27 +201,41 @@ def storage(runs: list[Path]) -> dict[str, Any]:
         metric = Metric("fd", model.info.sampler(1), features, reference)
         files = checkpoint_files([run])
         start = ema([read_header(file)["model"]["nimg"] for file in files], 0.98, 128)
-        rng, vectors = np.random.default_rng(0), {}
+        vectors = [("0", start), ("0", np.full(len(files), 1 / len(files)))]
+        rng = np.random.default_rng(0)
         for size in (0.5, 2.0, 6.0):
-            for k in range(5):
+            for _ in range(5):
                 step = rng.standard_normal(len(files))
                 step -= step.mean()
-                vectors[f"{size:g}/{k}"] = start + step * (size / np.abs(step).max())
-        truth: dict[str, float] = {}
+                vectors.append((f"{size:g}", start + step * (size / np.abs(step).max())))
+
+        def distance(weights: dict[str, torch.Tensor], model: Model = model, metric: Metric = metric) -> float:
+            model.denoiser.load_state_dict(weights)
+            return metric.cost(model, metric.features(model, 0, 2000, 7), 7)
+
+        truth: dict[int, tuple[torch.Tensor, float]] = {}
         for kind in ("fp32", "bf16", "int8"):
             with tempfile.TemporaryDirectory() as folder:
                 bank = Bank.build(files, Path(folder, "bank"), kind, quiet=True)
-                rows = found.setdefault(str(run), {}).setdefault(kind, {})
-                for name, vector in vectors.items():
+                rows = found.setdefault(str(run), {}).setdefault(kind, {"weights": {}, "fd": {}})
+                for k, (size, vector) in enumerate(vectors):
                     c = torch.from_numpy(vector)
-                    if name not in truth:
-                        model.denoiser.load_state_dict(bank.exact(c))
-                        truth[name] = metric.cost(model, metric.features(model, 0, 2000, 7), 7)
-                    model.denoiser.load_state_dict(bank.tensors(bank.combine(c[None])[0]))
-                    value = metric.cost(model, metric.features(model, 0, 2000, 7), 7)
-                    size = name.split("/")[0]
-                    rows[size] = max(rows.get(size, 0.0), abs(value / truth[name] - 1))
+                    if k not in truth:
+                        weights = sum(c[i] * flat(read_checkpoint(f).tensors, bank) for i, f in enumerate(files))
+                        truth[k] = weights, distance(bank.exact(c))
+                    (right, fd), made = truth[k], bank.combine(c[None])[0]
+                    errors = {
+                        "weights": float((made.double() - right).norm() / right.norm()),
+                        "fd": abs(distance(bank.tensors(made)) / fd - 1),
+                    }
+                    for name, error in errors.items():
+                        rows[name][size] = max(rows[name].get(size, 0.0), error)
     return {"runs": found}
+
+
+def flat(tensors: dict[str, torch.Tensor], bank: Any) -> torch.Tensor:
+    """What a bank combines of a checkpoint, as one vector [P] in float64."""
+    return torch.cat([tensors[entry.name].flatten().double() for entry in bank.entries])
 
 
 def spread(values: list[float]) -> dict[str, Any]:

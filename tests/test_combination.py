@@ -578,6 +578,45 @@ def test_a_snapshot_that_is_not_what_it_was_before_a_resume_is_named(run, tmp_pa
     assert len(sources) == K - (how == "deleted")
 
 
+def flip(file, place=-100):
+    """One bit of one byte; the last ones are of the differences."""
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "difference": (flip, "rows do not match"),
+    "header": (lambda file: flip(file, file.read_bytes().index(b"fewstep-bank/1") + 100), "header does not match"),
+    "cut": (lambda file: file.write_bytes(file.read_bytes()[:-100]), "truncated or damaged"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_bank_is_made_again_on_resume_of_snapshots_that_are_intact(run, tmp_path, capfd, how):
+    mine, out = shutil.copytree(run, tmp_path / "run"), tmp_path / "out"
+    result, bank = go(mine, out, metric=TO_GOAL), (out / "bank.safetensors").read_bytes()
+    (damage, words), file = DAMAGE[how], sorted(mine.iterdir())[2]
+    damage(out / "bank.safetensors")
+    damaged = (out / "bank.safetensors").read_bytes()
+    assert damaged != bank
+    alter(file)
+    with pytest.raises(FewstepError, match=f"{file.name} was altered" if how == "difference" else words):
+        go(mine, out, metric=TO_GOAL, resume=True)
+    assert (out / "bank.safetensors").read_bytes() == damaged
+    assert "this is done now" not in capfd.readouterr().err
+    shutil.copy(run / file.name, file)
+    assert go(mine, out, metric=TO_GOAL, resume=True)["coefficients"] == result["coefficients"]
+    assert (out / "bank.safetensors").read_bytes() == bank
+    told = capfd.readouterr().err
+    assert words in told
+    assert f"build the bank again from its checkpoints; all {K} are as they were, so this is done now" in told
+    damage(out / "bank.safetensors")  # and of another storage it is still refused
+    with pytest.raises(FewstepError, match="repeat the options" if how == "difference" else words):
+        go(mine, out, metric=TO_GOAL, resume=True, storage="fp32")
+    assert (out / "bank.safetensors").read_bytes() == damaged
+
+
 @pytest.mark.parametrize("how", WRONG)
 def test_a_snapshot_that_changes_while_the_search_goes_on_is_found_before_weights_are_saved(run, tmp_path, how):
     mine = shutil.copytree(run, tmp_path / "run")

@@ -12,7 +12,7 @@ import torch
 from fewstep import distributed
 from fewstep.api import Plan, combine
 from fewstep.snapshots import read
-from test_combination import TINY, content, snapshots
+from test_combination import TINY, content, rows, snapshots
 
 # A process's work, run by exec in a process that has imported fewstep and nothing of the tests.
 GROUP = """
@@ -35,6 +35,9 @@ assert all(a is b for a, b in zip(tensors, views))
 expected = [torch.tensor(3.0), torch.full((3,), 11.0), torch.zeros(0), torch.ones(2, 3, 4),
             2 * torch.arange(6.0).reshape(2, 3).t()]
 assert all(torch.equal(a, b) for a, b in zip(tensors, expected)), tensors
+told = [{"a": [1.5, None, "Größe"], "b": 0.1 + 0.2}, "x" * 3000 if world > 1 else ""]
+assert distributed.gather(told[rank]) == told  # of unlike lengths; a float comes back to the bit
+assert distributed.gather([]) == [[], []]
 from fewstep.run import signalled
 assert signalled([], torch.device("cpu")) == 0
 assert signalled([15] if rank else [], torch.device("cpu")) == 15  # one process was told, all of them stop
@@ -104,10 +107,36 @@ SEARCH = """
 from fewstep import combination
 from fewstep.api import Plan, combine
 combination.Combination.draw = lambda self, vector: None
-for name, plan in plans.items():
-    result = combine(run, out + name, Plan(**plan), data=data, extractor="pixels", device="cpu", quiet=True)
+records, mine = combination.Combination.records, []
+combination.Combination.records = lambda self, name, *rest: mine.append(name) or records(self, name, *rest)
+def search(name, resume):
+    mine.clear()
+    result = combine(run, out + name, Plan(**plans[name]), data=data, extractor="pixels", device="cpu", quiet=True,
+                     resume=resume)
     assert result["chosen"] and result["records"]["lcsc"]
     distributed.barrier()
+    return result
+for name in plans:
+    result = search(name, False)
+    measured = distributed.gather(mine)  # each by one process, by turns, LCSC by the one that has its weights
+    assert measured[0][0] == "lcsc" and 0 <= len(measured[0]) - len(measured[1]) <= 1, measured
+    order = [n for pair in zip(measured[0], [*measured[1], None]) for n in pair if n]
+    assert len(set(order)) == len(order) and set(result["records"]) <= set(order), measured
+    file = Path(out + name, "evaluations.jsonl")
+    rows = file.read_text().splitlines()
+    kept = [json.loads(row)["report"].split("|")[0] for row in rows if "report" in json.loads(row)]
+    assert kept == order, (kept, order)
+    if name != "span":
+        continue
+    distributed.barrier()
+    if rank == 0:  # as killed after three reports, the fourth half written
+        file.write_text("\\n".join(rows[: len(rows) - len(order) + 3]) + "\\n" + rows[-1][:50])
+        Path(out + name, "result.json").unlink()
+    distributed.barrier()
+    assert search(name, True)["records"] == result["records"]
+    again = distributed.gather(mine)
+    assert [n for pair in zip(again[0], [*again[1], None]) for n in pair if n] == order[3:], again
+    assert file.read_text().splitlines() == rows
 distributed.stop()
 """
 
@@ -205,7 +234,8 @@ def test_a_run_of_two_processes_stops_resumes_and_ends_as_a_run_of_one(tmp_path,
 
 
 def test_two_processes_search_what_one_does(tmp_path, monkeypatch):
-    """The same result.json but for times, of a search whose scores are raced and of one that is told features."""
+    """The same result.json but for times, of a search whose scores are raced and of one that is told features; held-out
+    numbers are shared, and a resume measures those that are missing."""
     monkeypatch.setattr("fewstep.combination.Combination.draw", lambda self, vector: None)
     run, images = snapshots(tmp_path / "snapshots"), str(tmp_path / "images.npz")
     np.savez(images, images=np.random.default_rng(0).integers(100, 200, (60, 4, 4, 1), dtype=np.uint8))
@@ -217,3 +247,5 @@ def test_two_processes_search_what_one_does(tmp_path, monkeypatch):
         combine(run, one, Plan(**plan), data=images, extractor="pixels", device="cpu", quiet=True)
         assert content(two) == content(one)
         assert (two / "combined.safetensors").read_bytes() == (one / "combined.safetensors").read_bytes()
+        one, two = ([row for row in rows(out) if "report" in row] for out in (one, two))
+        assert two == one

@@ -1,13 +1,17 @@
 """Evaluation: image i of seed s is one image however it is batched, and a number is the number computed by hand."""
 
 import math
+import os
+import threading
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
 import torch
 
+from fewstep import evaluation
 from fewstep.data import DataSpec, open_images, to_uint8
+from fewstep.environment import workers
 from fewstep.evaluation import EVALUATION_SEED, SEARCH_SEED, Generator, evaluate, reference_of, search_second_sigma
 from fewstep.metrics import Reference, frechet_distance, load_extractor, measure
 from fewstep.metrics.statistics import Moments
@@ -61,25 +65,24 @@ def test_the_steps_of_a_sample_meet_different_noise():
 
 
 def test_labels_are_a_stream_too():
-    seen = []
-
-    def spy(x, t, label=None, /):
-        seen.append(label)
-        return x
+    def shown(x, t, label=None, /):
+        """Each image is its label, -1 without one."""
+        return torch.full_like(x, -1) if label is None else like(label.to(x.dtype), x).expand_as(x)
 
     def labels(batch, num, classes=10, label=None):
-        seen.clear()
-        list(Generator(spy, (2,), classes, batch=batch)(few_step(1), num, 3, label))
-        return torch.cat(seen) if classes else seen
+        images = list(Generator(shown, (2,), classes, batch=batch)(few_step(1), num, 3, label))
+        return torch.cat(images)[:, 0].long()
 
     whole = labels(500, 200)
     assert torch.equal(labels(7, 200), whole)
     assert torch.equal(labels(7, 31), whole[:31])
-    assert whole.dtype == torch.int64
     assert set(whole.tolist()) == set(range(10))
     assert labels(4, 9, label=7).tolist() == [7] * 9
     assert labels(3, 9, label=[0, 5]).tolist() == [0, 5] * 4 + [0]  # by the image's number, not its place in the batch
-    assert labels(4, 9, classes=0) == [None] * 3
+    assert labels(4, 9, classes=0).tolist() == [-1] * 9
+    made = Generator(shown, (2,), 10).labels(NoiseStream(3), range(31), None)
+    assert made.dtype == torch.int64
+    assert torch.equal(made, whole[:31])
 
 
 def test_generating_leaves_autograd_as_it_was():
@@ -98,6 +101,123 @@ def test_generating_leaves_autograd_as_it_was():
 def test_no_images_are_refused(num):
     with pytest.raises(FewstepError, match="--num must be 1 or more"):
         list(Generator(denoiser(NETWORKS["mlp"]), (1, 4, 4), 3)(few_step(1), num))
+
+
+# ---------------------------------------------------------------------------------------------- batches at once
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """threads(w): as on a CPU with w idle cores."""
+    return lambda w: monkeypatch.setattr(evaluation, "workers", lambda: w)
+
+
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: f"{type(s).__name__}{len(s.sigmas)}")
+def test_batches_made_at_once_are_those_made_in_turn(network, sampler, threads):
+    made = Generator(denoiser(network), (1, 4, 4), 3, batch=3)
+    threads(1)
+    one = list(made(sampler, 20, 4, first=2))
+    for w in (2, 3, 16):
+        threads(w)
+        several = list(made(sampler, 20, 4, first=2))
+        assert [len(x) for x in several] == [3] * 6
+        assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
+
+
+class Meeting:
+    """A denoiser whose calls wait until `parties` of them are under way; it counts them, and those at the same time."""
+
+    def __init__(self, parties):
+        self.barrier, self.lock, self.calls, self.now, self.most = threading.Barrier(parties), threading.Lock(), 0, 0, 0
+        self.where = set()
+
+    def __call__(self, x, t, label=None, /):
+        with self.lock:
+            self.calls, self.now, self.where = self.calls + 1, self.now + 1, self.where | {threading.get_ident()}
+            self.most = max(self.most, self.now)
+        self.barrier.wait(30)
+        assert torch.is_inference_mode_enabled()
+        with self.lock:
+            self.now -= 1
+        return x
+
+
+def test_as_many_batches_are_made_at_once_as_cores_are_idle(threads):
+    threads(3)
+    before, meeting = threading.active_count(), Meeting(3)
+    stream = Generator(meeting, (2,), batch=4)(few_step(1), 4 * 9)
+    assert meeting.calls == 0
+    next(stream)
+    assert meeting.calls == 3  # no more than so many ahead of who takes them
+    assert len(list(stream)) == 8
+    assert (meeting.calls, meeting.most) == (9, 3)
+    assert threading.active_count() == before
+
+
+@dataclass(frozen=True)
+class Noiseless:
+    """A sampler that puts nothing on a device."""
+
+    sigmas: tuple[float, ...] = (80.0,)
+    nfe: int = 1
+
+    def __call__(self, denoiser, noise, label=None, /):
+        return denoiser(torch.zeros(4, 2), torch.ones(4), label)
+
+
+@pytest.mark.parametrize(("w", "num", "device"), [(1, 36, "cpu"), (3, 4, "cpu"), (3, 36, "cuda"), (3, 36, "cpu")])
+def test_one_core_one_batch_or_another_device_needs_no_threads(threads, w, num, device):
+    threads(w)
+    meeting, here = Meeting(1), {threading.get_ident()}
+    assert len(list(Generator(meeting, (2,), 0, device, batch=4)(Noiseless(), num))) == num // 4
+    assert (meeting.where == here) == ((w, num, device) != (3, 36, "cpu"))
+
+
+def test_who_stops_early_leaves_no_threads(threads):
+    threads(2)
+    before, made = threading.active_count(), Generator(denoiser(NETWORKS["mlp"]), (1, 4, 4), 3, batch=2)
+    stream = made(few_step(1), 100)
+    next(stream)
+    assert threading.active_count() > before
+    stream.close()
+    assert threading.active_count() == before
+    for _ in made(few_step(1), 100):
+        break
+    assert threading.active_count() == before
+
+
+def test_an_error_in_a_batch_comes_after_the_batches_before_it(threads):
+    def failing(x, t, label=None, /):
+        if len(x) == 1:
+            raise FewstepError("the last batch")
+        return x
+
+    threads(2)
+    before, stream = threading.active_count(), Generator(failing, (2,), batch=4)(few_step(1), 13)
+    assert [len(next(stream)) for _ in range(3)] == [4, 4, 4]
+    with pytest.raises(FewstepError, match="the last batch"):
+        next(stream)
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("cores", "inside", "env", "expected"),
+    [(8, 1, {}, 8), (8, 2, {}, 4), (8, 3, {}, 2), (2, 4, {}, 1), (8, 2, {"LOCAL_WORLD_SIZE": "2"}, 2),
+     (8, 1, {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "16"}, 4), (8, 1, {"WORLD_SIZE": "16"}, 1)],
+)  # fmt: skip
+def test_idle_cores_are_those_that_threads_and_processes_leave(monkeypatch, cores, inside, env, expected):
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: inside)
+    assert workers() == expected
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert workers() == expected
+    monkeypatch.undo()  # the guard of the globals asks for the true number
 
 
 # -------------------------------------------------------------------------------------------------------- numbers
@@ -226,3 +346,29 @@ def test_the_search_is_repeatable_and_uses_its_own_noise(digits):
     assert (sigma, tried) == search_second_sigma(generator, reference, extractor, 20, coarse=3)
     by_hand = evaluate(generator, FewStep((80.0, sigma)), reference, extractor, 20, (SEARCH_SEED,))[0]
     assert dict(tried)[sigma] == by_hand.value
+
+
+@pytest.mark.parametrize("kept", [evaluation.KEPT_BYTES, 14 * 16, 0])
+def test_the_search_takes_the_first_step_once_and_sees_the_samplers_own_images(kept, monkeypatch):
+    """kept: bytes for all 20 images of 4 floats, for the first two batches of 7, for none."""
+    monkeypatch.setattr(evaluation, "KEPT_BYTES", kept)
+    extractor, first = load_extractor("pixels"), []
+
+    def counting(x, t, label=None, /):
+        first.extend([len(x)] * bool(t[0] == 80))
+        return Biased(1.0)(x, t) + 0.01 * x / like(t, x)
+
+    reference = Reference.of(extractor, [torch.randint(0, 256, (50, 1, 2, 2), dtype=torch.uint8)], "real")
+    generator = Generator(counting, (1, 2, 2), batch=7)
+    _, tried = search_second_sigma(generator, reference, extractor, 20, coarse=4)
+    sigmas = len(tried)
+    assert sum(first) == {14 * 16: 14 + 6 * sigmas, 0: 20 * sigmas}.get(kept, 20)
+    for sigma, value in tried:
+        assert value == evaluate(generator, FewStep((80.0, sigma)), reference, extractor, 20, (SEARCH_SEED,))[0].value
+
+
+def test_the_search_refuses_what_no_sampler_takes(digits):
+    generator = Generator(Biased(1.0), (1, 2, 2))
+    reference = Reference.of(load_extractor("pixels"), [torch.zeros(5, 1, 2, 2, dtype=torch.uint8)], "real")
+    with pytest.raises(FewstepError, match="strictly decreasing"):
+        search_second_sigma(generator, reference, load_extractor("pixels"), 20, low=90.0, high=100.0)

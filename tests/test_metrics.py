@@ -25,10 +25,11 @@ from fewstep.metrics import (
     load_extractor,
     measure,
     prdc,
+    precision_recall,
     rank,
 )
 from fewstep.metrics.extractor import tensors_sha256
-from fewstep.metrics.kernel import kernel_slope
+from fewstep.metrics.kernel import KernelReference, kernel_slope
 from fewstep.types import FewstepError
 
 
@@ -184,6 +185,33 @@ def test_kernel_distance_limits() -> None:
     assert kernel_distance(torch.tensor([[1.0], [math.nan]]), torch.ones(2, 1)) == math.inf
     with pytest.raises(FewstepError, match="at least 2"):
         kernel_distance(draw(1, 2), draw(5, 2))
+
+
+def test_the_reference_is_compared_with_itself_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every further distance, slope and prdc costs what has to do with the new features; all values stay the same."""
+    real, fakes = draw(90, 4).float(), [draw(60, 4, s).float() * 1.2 for s in (1, 2, 3)]
+    alone = [(kernel_distance(real, fake), prdc(real, fake), kernel_slope(real, fake)) for fake in fakes]
+    reference, pairs = Reference(real, Moments.of(real), "normal", ""), []
+    total, radii = KernelReference._total, precision_recall._radii
+
+    def counted(self: KernelReference, a: Tensor, b: Tensor) -> float:
+        pairs.append((len(a), len(b)))
+        return total(self, a, b)
+
+    def counted_radii(x: Tensor, k: int, block: int) -> Tensor:
+        pairs.append(len(x))
+        return radii(x, k, block)
+
+    monkeypatch.setattr(KernelReference, "_total", counted)
+    monkeypatch.setattr(precision_recall, "_radii", counted_radii)
+    for k, (fake, (kid, four, slope)) in enumerate(zip(fakes, alone, strict=True)):
+        pairs.clear()
+        assert measure(reference, fake, ["kid", "prdc"]) == {"kid": kid, **four}
+        assert pairs == [(90, 90)] * (k == 0) + [(60, 60), (90, 60)] + [90] * (k == 0) + [60]
+        pairs.clear()
+        value, gradient = reference.kernel.slope(fake)
+        assert (value, gradient.tolist()) == (slope[0], slope[1].tolist())
+        assert pairs == [(60, 60), (90, 60)]
 
 
 # --- precision, recall, density, coverage ----------------------------------------------------------------------------

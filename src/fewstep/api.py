@@ -13,6 +13,7 @@ from torch import Tensor
 from fewstep import distributed
 from fewstep.combination import Plan
 from fewstep.combination import combine as carry_out_combine
+from fewstep.console import say
 from fewstep.data import DataSpec, open_images, originals, to_uint8
 from fewstep.encoding import Encoding, encode
 from fewstep.environment import pick_device
@@ -208,17 +209,34 @@ def halves(model: Model, data: str | DataSpec, extractor: Extractor, share: floa
 
 
 def fresh_bank(files: Sequence[Path], path: Path, storage: Storage, batch: int, resume: bool, quiet: bool) -> None:
-    """Make the bank of these files; one that a resumed search has must still be of what its sources hold."""
+    """Make the bank of these files; one that a resumed search has is kept, and made again where only its file is damaged."""
     if resume and path.exists():
-        bank = Bank.open(path)
-        bank.check()
-        bank.verify()
-        if ([source.path for source in bank.sources], bank.storage) != ([str(f.absolute()) for f in files], storage):
-            raise FewstepError(
-                f"{path} was built of other snapshots or storage: repeat the options, or choose another --out"
-            )
-        return
+        damage = damage_of(path, files, storage)
+        if damage is None:
+            return
+        say(f"{damage}; all {len(files)} are as they were, so this is done now")
     Bank.build(files, path, storage, batch, quiet)
+
+
+def damage_of(path: Path, files: Sequence[Path], storage: Storage) -> FewstepError | None:
+    """What is wrong with a bank's file, if anything; FewstepError unless its sources are these files, as they were."""
+    try:
+        bank = Bank.open(path)
+    except FewstepError as error:  # the header, which names the sources, is damaged; the search names them too
+        told, hashes = read_json(path.parent / "search.json"), [read_checkpoint(f).weights_sha256 for f in files]
+        if (hashes, storage) != (told["sources"], told["storage"]):
+            raise
+        return error
+    bank.verify()
+    if ([source.path for source in bank.sources], bank.storage) != ([str(f.absolute()) for f in files], storage):
+        raise FewstepError(
+            f"{path} was built of other snapshots or storage: repeat the options, or choose another --out"
+        )
+    try:
+        bank.check()
+    except FewstepError as error:
+        return error
+    return None
 
 
 def average(

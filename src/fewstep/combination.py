@@ -264,31 +264,35 @@ class Combination:
         return choices | rest
 
     def measure(self, choices: Mapping[str, Choice], exact: dict[str, torch.Tensor]) -> dict[str, list[Record]]:
-        """Held-out records of every choice; the first process does it, the others wait.
+        """Held-out records of every choice; each process measures its share, the first keeps them all.
 
-        exact: LCSC's weights from the snapshots themselves, which are saved; the others wear the bank's. A search whose
-        result LCSC is was measured with it.
+        exact: LCSC's weights from the snapshots themselves, which are saved, on the first process; the others wear the
+        bank's. A search whose result LCSC is was measured with it.
         """
-        plan, lcsc = self.plan, choices["lcsc"]
+        plan, lcsc, world = self.plan, choices["lcsc"], distributed.world()
         twins = [name for name, choice in choices.items() if "/" in name and choice.origin == lcsc.origin]
-        measured = {name: choice for name, choice in choices.items() if name not in twins}
-        keys = {name: self.report_key(name, choice) for name, choice in measured.items()}
-        kept = {row["report"]: row["records"] for row in read_jsonl(self.file) if "report" in row}
-        images = plan.report_num * plan.seeds
-        distributed.barrier()  # nobody reads on while the first writes
-        with ProgressLine("held-out numbers", images * len(keys), quiet=self.quiet or not self.main) as line:
-            for name, key in keys.items() if self.main else ():
-                if key in kept:
-                    line.advance(images)
-                    continue
-                records = self.records(
-                    name, exact if name == "lcsc" else self.tensors(measured[name].coefficients), line.advance
-                )
-                append_jsonl(self.file, {"report": key, "records": [record.to_json() for record in records]})
-        distributed.barrier()
-        kept = {row["report"]: row["records"] for row in read_jsonl(self.file) if "report" in row}
-        found = {name: [Record.from_json(row) for row in kept[key]] for name, key in keys.items()}
-        return found | {name: found["lcsc"] for name in twins}
+        keys = {name: self.report_key(name, choice) for name, choice in choices.items() if name not in twins}
+        rows = read_jsonl(self.file) if self.main else []
+        kept = distributed.gather({row["report"]: row["records"] for row in rows if "report" in row})[0]
+        todo, images = [name for name, key in keys.items() if key not in kept], plan.report_num * plan.seeds
+        assert "lcsc" not in todo[1:]  # the first process has its weights
+        total, quiet = images * len(keys), self.quiet or not self.main
+        with ProgressLine("held-out numbers", total, total - images * len(todo), quiet=quiet) as line:
+            for start in range(0, len(todo), world):
+                together = todo[start : start + world]
+                records: list[dict[str, Any]] = []
+                if distributed.rank() < len(together):
+                    name = together[distributed.rank()]
+                    weights = exact if name == "lcsc" else self.tensors(choices[name].coefficients)
+                    records = [record.to_json() for record in self.records(name, weights, line.advance)]
+                for name, found in zip(together, distributed.gather(records), strict=False):
+                    kept[keys[name]] = found
+                    if self.main:
+                        append_jsonl(self.file, {"report": keys[name], "records": found})
+                line.advance(images * (len(together) - 1))
+        distributed.barrier()  # the first process has written its last row
+        told = {name: [Record.from_json(row) for row in kept[key]] for name, key in keys.items()}
+        return told | {name: told["lcsc"] for name in twins}
 
     def report_key(self, name: str, choice: Choice) -> str:
         """Of held-out records: whose they are, and how they were measured."""

@@ -68,6 +68,16 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     }
 
 
+def workers() -> int:
+    """How many threads can compute at once without sharing a core, each with as many as PyTorch uses inside an operation,
+    beside the other processes that torchrun has on this machine."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux: the cores that this process may use
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    # without torchrun nobody says how many of all processes are here: at most all
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    return max(cores // (torch.get_num_threads() * processes), 1)
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """The device called auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1 or mps; FewstepError if absent."""
     if name == "auto":

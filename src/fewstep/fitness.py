@@ -16,7 +16,6 @@ from fewstep.data import to_uint8
 from fewstep.evaluation import Generator
 from fewstep.latents import decoder
 from fewstep.metrics import Extractor, Moments, Reference, measure
-from fewstep.metrics.kernel import kernel_slope
 from fewstep.metrics.record import LOWER_IS_BETTER
 from fewstep.model import Model
 from fewstep.samplers import Sampler
@@ -87,7 +86,7 @@ class Metric:
         """The cost of features [n, d] and its derivative by each of them, where there is one."""
         slopes = {
             "fd": self.reference.frechet.slope,
-            "kid": lambda features: kernel_slope(self.reference.features, features),
+            "kid": self.reference.kernel.slope,
         }
         if self.name not in slopes:
             return None

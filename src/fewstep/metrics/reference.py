@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fewstep.metrics.extractor import Extractor
 from fewstep.metrics.frechet import FrechetReference
-from fewstep.metrics.kernel import kernel_distance
-from fewstep.metrics.precision_recall import prdc
+from fewstep.metrics.kernel import KernelReference
+from fewstep.metrics.precision_recall import RealNeighbours
 from fewstep.metrics.statistics import Moments
 from fewstep.types import FewstepError
 
@@ -54,11 +54,21 @@ class Reference:
         """The reference's half of the Frechet distance, worked out once."""
         return FrechetReference(self.moments)
 
+    @cached_property
+    def kernel(self) -> KernelReference:
+        """The reference's part of the kernel distance, worked out once."""
+        return KernelReference(self.features)
+
+    @cached_property
+    def neighbours(self) -> RealNeighbours:
+        """The reference's radii for precision, recall, density and coverage, worked out once."""
+        return RealNeighbours(self.features)
+
 
 METRICS: Final[dict[str, Callable[[Reference, Tensor], dict[str, float]]]] = {
     "fd": lambda reference, fake: {"fd": reference.frechet.distance(Moments.of(fake))},
-    "kid": lambda reference, fake: {"kid": kernel_distance(reference.features.to(fake.device), fake)},
-    "prdc": lambda reference, fake: prdc(reference.features.to(fake.device), fake),
+    "kid": lambda reference, fake: {"kid": reference.kernel.distance(fake)},
+    "prdc": lambda reference, fake: reference.neighbours.prdc(fake),
 }
 
 

@@ -1,86 +1,105 @@
 """Our own search: few evaluations, each of which tells all its features and not one number only."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 from scipy.optimize import minimize
 
-from fewstep.snapshots.search import CMAES, Features, Generations, Slope, Space, Vector, Vectors
+from fewstep.snapshots.search import CMAES, Costs, Features, Generations, Slope, Space, Vector, Vectors
 
-RIDGES = (1.0, 0.3, 0.1)
+RIDGES = (6.0, 2.0)
 
 
 class Span(CMAES):
     """Gauss-Newton without gradients of the network, in the span of averages over windows of training.
 
     A generation metric is a function of features of images, and on the same noise those change smoothly with the
-    coefficients: about a center c they are nearly F(c) + sum_j z_j (F(c + u_j) - F(c)). One evaluation per direction u_j
-    gives that model; the metric's minimum on it costs no images. The directions lead from the center to uniform
-    averages over `windows` intervals of training: so few, and so smooth, that the search cannot fit the noise and the
-    reference images as the K - 1 free coefficients of other searches do. Each step they move the weights by `step` of
-    the radius.
+    coefficients: about a center c they are nearly F(c) + sum_j z_j (F(v_j) - F(c)) for c + sum_j z_j (v_j - c), where
+    the v_j are all vectors evaluated so far that are within `reach` radii of c. The metric's minimum on that model costs
+    no images. New v_j lead from the center a `step` of the radius towards uniform averages over intervals of training:
+    so few, and so smooth, that the search cannot fit the noise and the reference images as the K - 1 free coefficients
+    of other searches do.
 
-    A round: the directions, then the minima under the penalty ridge * cost * (move of the weights / radius)^2 for three
-    ridges, all evaluated in truth; the best vector so far is the next center, with other windows. It ends when a round
-    gains less than `tolerance` of the cost. Where there are no features to tell, no slope (d cost / d features), or no
-    start that is finite, it is CMA-ES in the span of the first windows.
+    A round: averages over `windows` intervals (twice as many in the first, when little is known), then the minima under
+    the penalty ridge * cost * (mean square move of the features / their variance) for two ridges, all evaluated in
+    truth; the best vector so far is the next center, with other windows. When a round gains less than `tolerance` of the
+    cost, the windows are halved in width; after a round with `finest` of them that gains as little, it ends. Where there
+    are no features to tell, no slope (d cost / d features), or no start that is finite, it is CMA-ES in the span of the
+    first windows.
     """
 
     def __init__(
         self, space: Space, seed: int = 0, slope: Slope | None = None, windows: int = 8, step: float = 0.1,
-        tolerance: float = 0.01,
+        tolerance: float = 0.01, reach: float = 0.4, finest: int = 32,
     ):  # fmt: skip
         super().__init__(space, seed, step)
-        self.slope, self.windows, self.tolerance = slope, min(windows, len(space)), tolerance
+        self.slope, self.tolerance, self.reach = slope, tolerance, reach
+        self.windows, self.finest = min(windows, len(space)), min(finest, len(space))
+        self.known: list[tuple[float, Vector, Features]] = []
+        self.best: tuple[float, Vector, Features]
 
     @property
     def minimum(self) -> int:
-        return len(self.space.starts) + self.windows + len(RIDGES)
+        return len(self.space.starts) + min(2 * self.windows, len(self.space)) + len(RIDGES)
 
-    def averages(self) -> Vectors:
+    def averages(self, windows: int) -> Vectors:
         """Uniform averages over consecutive intervals of training, as vectors; their borders lie elsewhere each time."""
-        k, width = len(self.space), len(self.space) / self.windows
-        inner = width * (np.arange(1, self.windows) + self.rng.uniform(-0.5, 0.5))
+        k = len(self.space)
+        inner = k / windows * (np.arange(1, windows) + self.rng.uniform(-0.5, 0.5))
         edges = np.unique([0, *inner.round().astype(int), k])
         return np.stack([np.repeat([0.0, 1 / (b - a), 0.0], [a, b - a, k - b]) for a, b in pairwise(edges)])
 
     def directions(self) -> Vectors:
         """Of CMA-ES, where there is no slope."""
-        averages = self.averages()
+        averages = self.averages(self.windows)
         return averages - averages.mean(0)
 
     def generations(self) -> Generations:
         vectors = self.space.starts
         costs, features = yield vectors
-        best, cost, at = vectors[costs.argmin()], costs.min(), features[int(costs.argmin())]
-        if self.slope is None or not at.size or not np.isfinite(cost):
-            yield from self.around(best)
+        best = int(costs.argmin())
+        if self.slope is None or not features[best].size or not np.isfinite(costs[best]):
+            yield from self.around(vectors[best])
+        self.learn(vectors, costs, features)
+        windows, fresh = self.windows, min(2 * self.windows, len(self.space))
         while True:
-            before = cost
-            steps = np.stack([self.scaled(average - best) for average in self.averages()])
-            costs, features = yield best + steps
-            changes = [moved - at if np.isfinite(c) else 0 * at for c, moved in zip(costs, features, strict=True)]
-            vectors = np.stack([best + self.minimum_of(cost, at, changes, steps, ridge) for ridge in RIDGES])
-            costs, features = yield vectors
-            if costs.min() < cost:
-                best, cost, at = vectors[costs.argmin()], costs.min(), features[int(costs.argmin())]
-            if not cost < before - self.tolerance * abs(before):
-                return
+            before, best, _ = self.best
+            vectors = best + np.stack([self.scaled(average - best) for average in self.averages(fresh)])
+            self.learn(vectors, *(yield vectors))
+            vectors = np.stack([self.modelled_minimum(ridge) for ridge in RIDGES])
+            self.learn(vectors, *(yield vectors))
+            if not self.best[0] < before - self.tolerance * abs(before):
+                if windows >= self.finest:
+                    return
+                windows = min(2 * windows, self.finest)
+            fresh = windows
+
+    def learn(self, vectors: Vectors, costs: Costs, features: Sequence[Features]) -> None:
+        """Keep what has not failed and is near the best."""
+        told = zip(costs.tolist(), vectors, features, strict=True)
+        self.known += [row for row in told if np.isfinite(row[0])]
+        self.best = min(self.known, key=lambda row: row[0])
+        reach = self.reach * self.space.radius
+        self.known = [row for row in self.known if self.space.distance(row[1], self.best[1]) <= reach]
 
     def scaled(self, direction: Vector) -> Vector:
         """Of a length that moves the weights by `step` of the radius; those that move them hardly at all stay so."""
         length = self.space.distance(direction, 0 * direction)
         return direction * (self.step * self.space.radius / max(length, 1e-3 * self.space.radius))
 
-    def minimum_of(self, cost: float, at: Features, changes: list[Features], steps: Vectors, ridge: float) -> Vector:
-        """The move, in the span of the steps, of least modelled cost plus penalty."""
+    def modelled_minimum(self, ridge: float) -> Vector:
+        """The vector, in the span of those known, of least modelled cost plus penalty."""
         assert self.slope is not None
-        slope, flat = self.slope, np.stack(changes).reshape(len(changes), -1)
-        metric = steps @ self.space.gram @ steps.T * (ridge * abs(cost) / self.space.radius**2)
+        slope, (cost, center, at) = self.slope, self.best
+        steps = np.stack([vector - center for _, vector, _ in self.known])
+        changes = np.stack([moved - at for _, _, moved in self.known]).reshape(len(steps), -1)
+        variance = max(float(at.var(0).sum()), 1e-30) * len(at)
+        metric = changes.astype(np.float64) @ changes.T * (ridge * abs(cost) / variance)
 
         def modelled(z: np.ndarray) -> tuple[float, np.ndarray]:
-            value, gradient = slope(at + (z @ flat).reshape(at.shape))
-            return value + z @ metric @ z, flat @ gradient.reshape(-1) + 2 * metric @ z
+            value, gradient = slope(at + (z @ changes).reshape(at.shape))
+            return value + z @ metric @ z, changes @ gradient.reshape(-1) + 2 * metric @ z
 
         found = minimize(modelled, np.zeros(len(steps)), jac=True, method="L-BFGS-B", options={"maxiter": 60})
-        return found.x @ steps
+        return center + found.x @ steps
