@@ -21,7 +21,7 @@ from fewstep.files import append_jsonl
 from fewstep.interrupts import Interrupted, caught_signals, signalled
 from fewstep.latents import decoder
 from fewstep.metrics import Extractor, Record, Reference, better, load_extractor
-from fewstep.model import Model, ModelInfo, load, load_weights, save_model
+from fewstep.model import Model, ModelInfo, check_latents, load, load_weights, save_model
 from fewstep.networks import Architecture, Spliced
 from fewstep.pictures import beside, grid, save
 from fewstep.progress import Progress
@@ -46,6 +46,7 @@ def train(
     if recipe.batch_size % distributed.world():
         raise FewstepError(f"--batch-size {recipe.batch_size} cannot be shared by {distributed.world()} processes")
     images = open_images(recipe.data)
+    check_latents(images, recipe.sigma_data, init.info if init else None)
     shown = images.split("train", recipe.data.heldout)
     architecture = architecture_for(recipe, images)
     if recipe.needs_init and not init and not resume:

@@ -181,7 +181,7 @@ def inherit(recipe: Recipe, init: Model) -> Recipe:
     """The recipe with the network, classes and image size of the model it starts from, and its own dropout."""
     arch = init.info.architecture
     network = inherited(recipe.network, arch.network)
-    data = replace(recipe.data, resolution=recipe.data.resolution or arch.shape[-1])
+    data = replace(recipe.data, resolution=recipe.data.resolution or init.info.image_shape[-1])
     recipe = replace(recipe, network=network, data=data, conditional=arch.num_classes > 0)
     return with_sigma_data(recipe, arch.sigma_data)
 

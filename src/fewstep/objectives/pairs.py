@@ -211,7 +211,7 @@ class LogStudent:
 
 @dataclass(frozen=True)
 class Truncated:
-    """TCM's second stage (arXiv:2410.14895): a share of the batch at t = boundary exactly, the rest above it; r by ECT's mapping.
+    """TCM's second stage (arXiv:2410.14895): a share of the batch at t = boundary, the rest above it; r by ECT's mapping.
 
     Below the boundary the frozen network of the first stage is the consistency function (networks.Spliced), so the
     samples at the boundary tie the trained one to it.

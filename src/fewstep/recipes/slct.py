@@ -1,4 +1,4 @@
-"""sLCT, improved training of latent consistency models (Dao et al. 2025, arXiv:2502.01441): iCT made fit for heavy-tailed latents.
+"""sLCT, improved latent consistency training (Dao et al. 2025, arXiv:2502.01441): iCT made fit for heavy-tailed latents.
 
 Pairs as iCT's, on a grid of N(k) intervals, N doubling from 10 to 640. Five changes, each of which --without NAME undoes:
 
