@@ -392,16 +392,39 @@ def test_every_law_of_times_takes_quantiles(name):
         assert t.log().quantile(q).item() == pytest.approx(free.log().quantile(q).item(), abs=0.25)
 
 
-def test_importance_counts_in_every_term():
+def test_a_term_is_the_mean_over_its_samples_weighted_by_importance():
     objective, progress = recipes.recipe("slct").objective, stage(6)
-    x = torch.randn(64, 2)
-    draw = objective.draw(x, progress, 1)
+    draw = objective.draw(torch.randn(64, 2), progress, 1)
     u, importance = torch.rand(64), torch.rand(64)
     new = objective.retimed(draw, u, importance, progress, 1)
     plain = objective.retimed(draw, u, torch.ones(64), progress, 1)
     assert torch.equal(new.noise, draw.noise)
-    for name in objective.terms:
-        torch.testing.assert_close(new.share[name], plain.share[name] * importance)
+    for name, term in objective.terms.items():
+        chosen, values = term.where(new.t, new.r, progress), torch.rand(64)
+        expected = (importance * values)[chosen].sum() / importance[chosen].sum()
+        torch.testing.assert_close((new.share[name] * values).mean(), expected)
+        torch.testing.assert_close(plain.share[name], objective.shares(new.t, new.r, progress)[name])
+
+
+@pytest.mark.parametrize("law", ["variance", "learned"])
+def test_a_run_with_learned_times_resumes_to_the_bit(law):
+    from fewstep.timesteps import Learned, LossVariance
+
+    recipe = toy(timesteps=LossVariance(bins=8, weighted=True) if law == "variance" else Learned(interval=2))
+    architecture = Architecture(MLP(width=16), (2,), 0, 0.5, 0.002)
+    whole, first, second = (TrainState.create(recipe, architecture, torch.device("cpu")) for _ in range(3))
+    list(islice(training_steps(whole, recipe, feed(recipe), prepare=points), 8))
+    list(islice(training_steps(first, recipe, feed(recipe), prepare=points), 5))
+    second.load_tensors({name: t.clone() for name, t in first.tensors().items()})
+    second.nimg = first.nimg
+    list(islice(training_steps(second, recipe, feed(recipe, 5), prepare=points), 3))
+    flat = second.tensors()
+    assert any(name.startswith("timesteps/") for name in flat)
+    assert all(torch.equal(t, flat[name]) for name, t in whole.tensors().items())
+    plain = replace(recipe, timesteps=None)
+    other = TrainState.create(plain, architecture, torch.device("cpu"))
+    list(islice(training_steps(other, plain, feed(plain), prepare=points), 8))
+    assert not torch.equal(other.tensors()["model/network.first.weight"], flat["model/network.first.weight"])
 
 
 def test_the_edm_weighting_of_the_denoising_term_follows_sigma_data():

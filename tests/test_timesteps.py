@@ -91,7 +91,7 @@ def test_a_uniform_density_leaves_the_uniform_numbers_as_they_are():
 
 @pytest.mark.parametrize("f", [lambda u: u, lambda u: u.square() - 1, lambda u: (9 * u).sin().exp()])
 def test_importance_weighted_means_are_the_base_laws(f):
-    v = middles(2**14)  # the integral over v of w(u(v)) f(u(v)) is that of f over u
+    v = middles(2**13)  # the integral over v of w(u(v)) f(u(v)) is that of f over u
     truth = f(v).mean()
     density = LossVariance().build(IMAGE, CPU, 0).density() * torch.linspace(0.2, 1.8, 32)
     beta = concentrations(SMALL.build(IMAGE, CPU, 0), 1.5, 0.8).density(images(1))[0]

@@ -19,7 +19,7 @@ from fewstep.distributed import gathered, rank, sum_over_ranks, world
 from fewstep.ema import Average, lerp
 from fewstep.networks import Architecture, Preconditioned
 from fewstep.noise import step_seed
-from fewstep.objectives import Draw, Independent, Networks
+from fewstep.objectives import Draw, Independent, Networks, Pair
 from fewstep.objectives.couplings import transport_cost
 from fewstep.progress import Progress
 from fewstep.recipe import Recipe
@@ -256,9 +256,10 @@ class Lesson:
     @torch.no_grad()
     def loss_at(self, u: Times) -> PerSample:
         """The loss of each of this rank's images at the quantiles u [n], with the batch's own noise and dropout."""
-        batch = self.at(u, torch.ones_like(u))
-        losses = self.recipe.objective.losses(self.nets, batch.x, batch.label, batch.draw, self.progress)
-        return torch.stack(list(losses.values())).sum(0)
+        batch, parts = self.at(u, torch.ones_like(u)), []
+        for part, _ in microbatches(self.nets, self.recipe, batch, self.progress):
+            parts.append(torch.stack(list(part.values())).sum(0))
+        return torch.cat(parts)
 
     def observe(self, losses: dict[str, PerSample]) -> None:
         """The step's own losses."""
@@ -273,6 +274,22 @@ class Lesson:
             self.times.after(self.loss_at)
 
 
+def microbatches(
+    nets: Networks, recipe: Recipe, batch: Batch, progress: Progress
+) -> Iterator[tuple[dict[str, PerSample], Pair]]:
+    """The per-sample losses of each term, and the pair they are of, one microbatch after another."""
+    n, objective = len(batch.x), recipe.objective
+    size = recipe.microbatch or n
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    for start in range(0, n, size):
+        rows = slice(start, min(start + size, n))
+        label, draw = None if batch.label is None else batch.label[rows], batch.draw.rows(rows.start, rows.stop)
+        with torch.autocast(batch.x.device.type, dtype, enabled=recipe.precision == "bf16"):
+            pair = objective.pair(nets, batch.x[rows], label, draw, progress)
+            losses = objective.weigh(pair, draw, progress)
+        yield losses, pair
+
+
 def accumulate_gradient(
     nets: Networks, recipe: Recipe, batch: Batch, progress: Progress
 ) -> tuple[dict[str, PerSample], Tensor]:
@@ -280,18 +297,11 @@ def accumulate_gradient(
 
     Returns the per-sample losses of each term, and the sum of ln |D(x_t, t) - D(x_r, r)| where a distance follows it.
     """
-    n, parts, objective = len(batch.x), [], recipe.objective
-    size, residual = recipe.microbatch or n, batch.x.new_zeros(())
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    for start in range(0, n, size):
-        rows = slice(start, min(start + size, n))
-        label, draw = None if batch.label is None else batch.label[rows], batch.draw.rows(rows.start, rows.stop)
-        with torch.autocast(batch.x.device.type, dtype, enabled=recipe.precision == "bf16"):
-            pair = objective.pair(nets, batch.x[rows], label, draw, progress)
-            part = objective.weigh(pair, draw, progress)
-        (torch.stack(list(part.values())).sum() / recipe.batch_size).backward()
-        parts.append({name: loss.detach() for name, loss in part.items()})
-        if objective.residual_scale:
+    parts, residual = [], batch.x.new_zeros(())
+    for losses, pair in microbatches(nets, recipe, batch, progress):
+        (torch.stack(list(losses.values())).sum() / recipe.batch_size).backward()
+        parts.append({name: loss.detach() for name, loss in losses.items()})
+        if recipe.objective.residual_scale:
             residual += pair.log_residual().sum()
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, residual
 

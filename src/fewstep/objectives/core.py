@@ -126,19 +126,21 @@ class PairObjective:
         mine = Draw(t, r, noise, self.shares(t, r, progress), seed + 1).rows(rank * n, (rank + 1) * n)
         return replace(mine, noise=self.coupling(x, mine.noise, label))
 
-    def shares(self, t: Times, r: Times, progress: Progress) -> dict[str, PerSample]:
+    def shares(
+        self, t: Times, r: Times, progress: Progress, importance: PerSample | None = None
+    ) -> dict[str, PerSample]:
         """What each sample of a whole batch counts in each term, [n]; its mean is 1, or 0 where a term applies nowhere."""
-        return {name: normalised(term.where(t, r, progress)) for name, term in self.terms.items()}
+        return {name: normalised(term.where(t, r, progress), importance) for name, term in self.terms.items()}
 
     def retimed(
         self, draw: Draw, u: Times, importance: PerSample, progress: Progress, seed: int, rank: int = 0
     ) -> Draw:
         """The draw with times at the quantiles u of the pairs' law, for an adaptive law of u; the noise stays.
 
-        u, importance: of the whole batch [world * n]. The importance multiplies what a sample counts in every term.
+        u, importance: of the whole batch [world * n]. A term is then the mean over its samples weighted by importance.
         """
         t, r = self.pairs(len(u), progress, torch.Generator(u.device).manual_seed(seed), u)
-        share = {name: share * importance for name, share in self.shares(t, r, progress).items()}
+        share = self.shares(t, r, progress, importance)
         n = len(draw.t)
         new = Draw(t, r, t, share, draw.dropout_seed - rank * n).rows(rank * n, (rank + 1) * n)
         return replace(new, noise=draw.noise)
@@ -189,6 +191,7 @@ class PairObjective:
         return torch.where(like(draw.r, x) > 0, denoised_r, x) if zero == "sometimes" else denoised_r
 
 
-def normalised(selected: Tensor) -> PerSample:
-    """Bool [n] -> n/|selected| where selected, else 0; all zero when nothing is selected."""
-    return selected.float() * (len(selected) / selected.sum().clamp(min=1))
+def normalised(selected: Tensor, importance: PerSample | None = None) -> PerSample:
+    """Bool [n] -> n/|selected| where selected, else 0, weighted by importance; all zero when nothing is selected."""
+    weights = selected.float() if importance is None else selected * importance
+    return weights * (len(weights) / weights.sum().clamp(min=1 if importance is None else 1e-12))

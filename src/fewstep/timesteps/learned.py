@@ -107,7 +107,7 @@ class _Reinforced(TimestepSampler):
         assert self.u is not None, "draw() comes first"
         n = len(self.u)
         everywhere = [self.grid[which] for which in self.spread(n)]
-        picked = [u.expand(n) for u in self.grid[self.picked()]]
+        picked = [u.repeat(n) for u in self.grid[self.picked()]]
         self.measured = [(u, loss_at(u)) for u in (*everywhere, *picked)]
 
     @torch.no_grad()
