@@ -79,11 +79,11 @@ def seeds(runs: list[Path]) -> dict[str, Any]:
 
 
 def evaluations(runs: list[Path]) -> dict[str, Any]:
-    """Held-out distance of evolution with 400 candidates and 40, CMA-ES with 120, and span with 30 and 50."""
+    """Held-out distance of evolution with 400 candidates and 40, CMA-ES with 120, and span with 40 and 60."""
     found: dict[str, Any] = {}
     for run in runs:
         rows = {}
-        for name, budget in (("evolution", 400), ("evolution", 40), ("cmaes", 120), ("span", 30), ("span", 50)):
+        for name, budget in (("evolution", 400), ("evolution", 40), ("cmaes", 120), ("span", 40), ("span", 60)):
             began = time.monotonic()
             result = search(
                 run, Plan(search=name, budget=budget, rerank=3, num=1000, second=("kid",), baselines=("ema",))

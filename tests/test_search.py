@@ -251,53 +251,94 @@ def cost_of(slope):
     return lambda v: slope(FEATURES(v))[0]
 
 
-def first_round(slope, windows, ridges):
-    """The center of a first round, its moves, its fits, and the costs of the last."""
-    vectors, costs = run(Span(SPACE, slope=slope, windows=windows), cost_of(slope), 10**3, features=FEATURES)
-    starts = len(SPACE.starts)
-    windows = len(Span(SPACE, windows=windows).averages())
-    center = vectors[costs[:starts].argmin()]
-    moved, fits = np.split(vectors[starts : starts + windows + ridges], [windows])
-    return center, moved, fits, costs[starts + windows :][:ridges]
+def first_round(slope, windows, failed=(), reach=0.4):
+    """The search when its first moves are told, and those: [starts + moves, K] with their costs; its fits are pending.
+
+    failed: which of the moves have no finite cost."""
+    starts, moves = len(SPACE.starts), len(Span(SPACE).averages(min(windows, K)))
+    calls, search = iter(range(10**6)), Span(SPACE, slope=slope, windows=windows, reach=reach)
+    cost = lambda v: math.inf if next(calls) - starts in failed else cost_of(slope)(v)  # noqa: E731
+    vectors, costs = run(search, cost, starts + moves, features=FEATURES)
+    return search, vectors, costs
 
 
-def assert_closed_form(center, moved, fits, failed=()):
-    """Where the features are linear and the metric is quadratic, least squares tells the answer to each ridge."""
-    steps, at = moved - center, FEATURES(center).ravel()
-    flat = np.stack([FEATURES(v).ravel() for v in moved]) - at
-    flat[list(failed)] = 0
-    for ridge, fit in zip(span.RIDGES, fits, strict=True):
-        metric = steps @ SPACE.gram @ steps.T * (ridge * cost_of(quadratic)(center) / SPACE.radius**2)
-        z = np.linalg.solve(flat @ flat.T / at.size + metric, flat @ (GOAL.ravel() - at) / at.size)
-        assert SPACE.distance(fit, center + z @ steps) < 1e-2 * SPACE.distance(z @ steps, 0 * z @ steps)
+def assert_closed_form(search):
+    """Where the features are linear and the metric is quadratic, least squares tells the least of each penalised cost."""
+    cost, _, at = search.best
+    flat = np.stack([(moved - at).ravel() for _, _, moved in search.known])
+    assert len(search.pending) == len(span.RIDGES)
+    for ridge, fit in zip(span.RIDGES, search.pending, strict=True):
+        weight = ridge * cost / at.var(0).sum() / len(at)
+        both = flat * np.sqrt(1 / at.size + weight)
+        z = np.linalg.lstsq(both.T, (GOAL - at).ravel() / at.size / np.sqrt(1 / at.size + weight))[0]
+        off = np.square(at.ravel() + z @ flat - GOAL.ravel()).mean()
+        least = off + weight * np.square(z @ flat).sum()
+        reached = cost_of(quadratic)(fit) + weight * np.square(FEATURES(fit) - at).sum()
+        assert least < cost
+        assert least - 1e-9 < reached < least + 0.02 * (cost - least)
 
 
 def test_a_round_moves_by_its_step_and_asks_for_the_closed_form_of_its_penalised_fits():
-    center, moved, fits, costs = first_round(quadratic, 8, len(span.RIDGES))
-    assert np.allclose([SPACE.distance(v, center) for v in moved], 0.1 * SPACE.radius, rtol=1e-6)
-    assert_closed_form(center, moved, fits)
-    assert costs.min() < 0.9 * cost_of(quadratic)(center)
-    assert (np.diff(costs) < 0).all()  # the weaker the penalty, the lower the cost, for the model is exact here
+    search, vectors, costs = first_round(quadratic, 8)
+    n = len(SPACE.starts)
+    start = vectors[costs[:n].argmin()]
+    assert np.allclose([SPACE.distance(v, start) for v in vectors[n:]], 0.1 * SPACE.radius, rtol=1e-6)
+    assert search.best[0] == costs.min()
+    assert len(search.known) > len(vectors) - n + 1  # starts that are near enough tell something too
+    assert_closed_form(search)
+    fitted = [cost_of(quadratic)(fit) for fit in search.pending]
+    assert (np.diff([costs.min(), *fitted]) < 0).all()  # the weaker the penalty, the lower: the model is exact here
 
 
-def test_a_direction_that_failed_is_taken_for_one_that_changes_nothing():
-    calls, starts = iter(range(10**6)), len(SPACE.starts)
-    cost = lambda v: math.inf if next(calls) == starts + 2 else cost_of(quadratic)(v)  # noqa: E731
-    windows = len(Span(SPACE, windows=8).averages())
-    fits = len(span.RIDGES)
-    vectors, costs = run(Span(SPACE, slope=quadratic, windows=8), cost, starts + windows + fits, features=FEATURES)
-    assert np.isinf(costs).tolist() == [i == starts + 2 for i in range(len(costs))]
-    assert_closed_form(vectors[costs[:starts].argmin()], vectors[starts:-fits], vectors[-fits:], failed=[2])
+def test_what_is_far_from_the_best_tells_its_fits_nothing():
+    search, vectors, _ = first_round(quadratic, 8, reach=0.25)
+    distances = [SPACE.distance(vector, search.best[1]) for _, vector, _ in search.known]
+    assert max(distances) <= 0.25 * SPACE.radius
+    assert len(search.known) < len(first_round(quadratic, 8, reach=0.4)[0].known) < len(vectors)
+    assert_closed_form(search)
+
+
+def test_a_direction_that_failed_is_left_out_of_the_fits():
+    search, vectors, costs = first_round(quadratic, 8, failed=[2])
+    at = len(SPACE.starts) + 2
+    assert np.isinf(costs).tolist() == [i == at for i in range(len(costs))]
+    assert not any(np.array_equal(vector, vectors[at]) for _, vector, _ in search.known)
+    assert_closed_form(search)
 
 
 @pytest.mark.parametrize("slope", [quadratic, frechet], ids=["quadratic", "frechet"])
 def test_without_a_penalty_one_round_reaches_the_least_cost_in_its_span(slope, monkeypatch):
     monkeypatch.setattr(span, "RIDGES", (0.0,))
-    center, moved, _, (reached,) = first_round(slope, 6, 1)
-    there = lambda z: cost_of(slope)(center + z @ (moved - center))  # noqa: E731
-    least = minimize(there, np.zeros(len(moved)), method="BFGS", options={"gtol": 1e-7}).fun
-    assert least < 0.97 * there(np.zeros(len(moved)))
-    assert reached == pytest.approx(least, rel=1e-3)
+    search, _, costs = first_round(slope, 6, reach=0.2)
+    steps = np.stack([vector - search.best[1] for _, vector, _ in search.known])
+    there = lambda z: cost_of(slope)(search.best[1] + z @ steps)  # noqa: E731
+    least = minimize(there, np.zeros(len(steps)), method="BFGS", options={"gtol": 1e-7}).fun
+    assert least < 0.97 * costs.min()
+    assert there(np.zeros(len(steps))) == costs.min()
+    assert cost_of(slope)(search.pending[0]) == pytest.approx(least, rel=0.01)
+
+
+def test_when_windows_of_one_width_are_exhausted_narrower_ones_reach_the_least_cost_of_all():
+    """The least over all K - 1 directions, by least squares; one width of window alone stops above it."""
+    maps = np.stack([FEATURES(row).ravel() for row in np.eye(K)])
+    moves = maps[:-1] - maps[-1]
+    z = np.linalg.lstsq(moves.T, GOAL.ravel() - maps[-1])[0]
+    least = float(np.square(maps[-1] + z @ moves - GOAL.ravel()).mean())
+    reached = [run(Span(SPACE, slope=quadratic, windows=3, finest=n), cost_of(quadratic), 10**4, features=FEATURES)[1].min()
+               for n in (3, 12)]  # fmt: skip
+    assert least <= reached[1] < min(1.1 * least, reached[0])
+
+
+def test_where_nothing_is_gained_the_windows_are_halved_until_the_finest_and_it_ends():
+    weights, flat = walk(64), np.zeros((30, 4))
+    search = Span(space(weights), slope=lambda features: (1.0, 0 * features), windows=4, finest=16)
+    asked = []
+    while len(vectors := search.ask(10**6)):
+        search.tell(np.ones(len(vectors)), [flat] * len(vectors))
+        asked.append(len(vectors))
+    fits = len(span.RIDGES)
+    assert asked == [len(SPACE.starts), 4, fits, 8, fits, 16, fits]
+    assert search.minimum == sum(asked[:3])
 
 
 def test_rounds_go_on_until_one_gains_little_and_each_has_other_windows():
@@ -316,11 +357,11 @@ def test_nothing_is_fitted_before_the_minimum_is_spent():
     told = lambda x: fitted.append(1) or quadratic(x)  # noqa: E731
     for windows in (4, 8, 16):
         search = Span(SPACE, slope=told, windows=windows)
-        before = search.minimum - len(span.RIDGES)
-        run(search, cost_of(quadratic), before - min(windows, K) // 2, n=1, features=FEATURES)
+        run(search, cost_of(quadratic), search.minimum - len(span.RIDGES) - 1, n=1, features=FEATURES)
         assert not fitted
-        _, moved, fits, _ = first_round(quadratic, windows, len(span.RIDGES))
-        assert len(SPACE.starts) + len(moved) + len(fits) <= search.minimum
+        begun = first_round(quadratic, windows)
+        assert len(begun[1]) + len(begun[0].pending) <= search.minimum
+        fitted.clear()
 
 
 @pytest.mark.parametrize("how", ["no slope", "no features", "no finite start"])

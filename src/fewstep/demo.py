@@ -25,7 +25,7 @@ from fewstep.run import train
 from fewstep.samplers import Sampler, few_step
 from fewstep.types import FewstepError
 
-NUM, SEEDS = 3000, (0, 1, 2)  # images per noise seed of every reported distance
+NUM, SEEDS = 2000, (0, 1, 2)  # images per noise seed of every reported distance
 SOLVER_STEPS = 9  # of DPM-Solver++, so many network evaluations
 SIGMA_NUM = 2000  # images for each noise level tried
 SEARCH = Plan(

@@ -86,7 +86,8 @@ def in_order(make: Callable[[int], Sample], starts: range, threads: int) -> Iter
     if min(threads, len(starts)) < 2:
         yield from map(make, starts)
         return
-    with ThreadPoolExecutor(threads) as pool:
+    inside = torch.get_num_threads()  # in a thread of its own PyTorch would start with the default
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(inside,)) as pool:
         ahead: deque[Future[Sample]] = deque()
         for start in starts:
             ahead.append(pool.submit(make, start))

@@ -16,22 +16,21 @@ class Span(CMAES):
 
     A generation metric is a function of features of images, and on the same noise those change smoothly with the
     coefficients: about a center c they are nearly F(c) + sum_j z_j (F(v_j) - F(c)) for c + sum_j z_j (v_j - c), where
-    the v_j are all vectors evaluated so far that are within `reach` radii of c. The metric's minimum on that model costs
-    no images. New v_j lead from the center a `step` of the radius towards uniform averages over intervals of training:
-    so few, and so smooth, that the search cannot fit the noise and the reference images as the K - 1 free coefficients
-    of other searches do.
+    the v_j are the vectors evaluated so far that lie within `reach` radii of c. The metric's minimum on this model costs
+    no images. New v_j lead from c, by a `step` of the radius, towards uniform averages over `windows` intervals of
+    training: each is a change that training made, and together they are fewer than the K - 1 free coefficients.
 
-    A round: averages over `windows` intervals (twice as many in the first, when little is known), then the minima under
-    the penalty ridge * cost * (mean square move of the features / their variance) for two ridges, all evaluated in
-    truth; the best vector so far is the next center, with other windows. When a round gains less than `tolerance` of the
-    cost, the windows are halved in width; after a round with `finest` of them that gains as little, it ends. Where there
-    are no features to tell, no slope (d cost / d features), or no start that is finite, it is CMA-ES in the span of the
-    first windows.
+    A round: one v_j for each window, then the minima under the penalty ridge * cost * (mean square move of the features
+    / their variance) for two ridges, all evaluated in truth. It bounds the move where the model may be wrong, which is
+    in the images, not in the weights. The best vector so far is the next center, with other windows; what earlier rounds
+    have told stays in the model. When a round gains less than `tolerance` of the cost, the windows are halved in width;
+    when one of the `finest` windows does, it ends. Where there are no features to tell, no slope (d cost / d features),
+    or no start that is finite, it is CMA-ES in the span of 8 windows.
     """
 
     def __init__(
-        self, space: Space, seed: int = 0, slope: Slope | None = None, windows: int = 8, step: float = 0.1,
-        tolerance: float = 0.01, reach: float = 0.4, finest: int = 32,
+        self, space: Space, seed: int = 0, slope: Slope | None = None, windows: int = 22, step: float = 0.1,
+        tolerance: float = 0.01, reach: float = 0.4, finest: int = 44,
     ):  # fmt: skip
         super().__init__(space, seed, step)
         self.slope, self.tolerance, self.reach = slope, tolerance, reach
@@ -41,7 +40,7 @@ class Span(CMAES):
 
     @property
     def minimum(self) -> int:
-        return len(self.space.starts) + min(2 * self.windows, len(self.space)) + len(RIDGES)
+        return len(self.space.starts) + self.windows + len(RIDGES)
 
     def averages(self, windows: int) -> Vectors:
         """Uniform averages over consecutive intervals of training, as vectors; their borders lie elsewhere each time."""
@@ -52,20 +51,20 @@ class Span(CMAES):
 
     def directions(self) -> Vectors:
         """Of CMA-ES, where there is no slope."""
-        averages = self.averages(self.windows)
+        averages = self.averages(min(self.windows, 8))
         return averages - averages.mean(0)
 
     def generations(self) -> Generations:
         vectors = self.space.starts
         costs, features = yield vectors
-        best = int(costs.argmin())
-        if self.slope is None or not features[best].size or not np.isfinite(costs[best]):
-            yield from self.around(vectors[best])
+        first = int(costs.argmin())
+        if self.slope is None or not features[first].size or not np.isfinite(costs[first]):
+            yield from self.around(vectors[first])
         self.learn(vectors, costs, features)
-        windows, fresh = self.windows, min(2 * self.windows, len(self.space))
+        windows = self.windows
         while True:
             before, best, _ = self.best
-            vectors = best + np.stack([self.scaled(average - best) for average in self.averages(fresh)])
+            vectors = best + np.stack([self.scaled(average - best) for average in self.averages(windows)])
             self.learn(vectors, *(yield vectors))
             vectors = np.stack([self.modelled_minimum(ridge) for ridge in RIDGES])
             self.learn(vectors, *(yield vectors))
@@ -73,7 +72,6 @@ class Span(CMAES):
                 if windows >= self.finest:
                     return
                 windows = min(2 * windows, self.finest)
-            fresh = windows
 
     def learn(self, vectors: Vectors, costs: Costs, features: Sequence[Features]) -> None:
         """Keep what has not failed and is near the best."""
@@ -95,11 +93,11 @@ class Span(CMAES):
         steps = np.stack([vector - center for _, vector, _ in self.known])
         changes = np.stack([moved - at for _, _, moved in self.known]).reshape(len(steps), -1)
         variance = max(float(at.var(0).sum()), 1e-30) * len(at)
-        metric = changes.astype(np.float64) @ changes.T * (ridge * abs(cost) / variance)
+        metric = (changes @ changes.T).astype(np.float64) * (ridge * abs(cost) / variance)
 
         def modelled(z: np.ndarray) -> tuple[float, np.ndarray]:
-            value, gradient = slope(at + (z @ changes).reshape(at.shape))
-            return value + z @ metric @ z, changes @ gradient.reshape(-1) + 2 * metric @ z
+            value, gradient = slope(at + (z.astype(changes.dtype) @ changes).reshape(at.shape))
+            return value + z @ metric @ z, changes @ gradient.reshape(-1).astype(changes.dtype) + 2 * metric @ z
 
         found = minimize(modelled, np.zeros(len(steps)), jac=True, method="L-BFGS-B", options={"maxiter": 60})
         return center + found.x @ steps
