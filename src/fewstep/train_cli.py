@@ -13,12 +13,13 @@ from typing import Annotated, Any
 import tyro
 
 from fewstep import codec, distributed, recipes
+from fewstep.choices import CHOICES, choose
 from fewstep.console import say
 from fewstep.data import open_images
 from fewstep.ema import AverageLaw, average_law
 from fewstep.estimate import estimate, summary
 from fewstep.model import Model, load
-from fewstep.networks import Architecture, inherited, named
+from fewstep.networks import Architecture, inherited
 from fewstep.recipe import Recipe, with_sigma_data
 from fewstep.run import architecture_for
 from fewstep.run import train as run_train
@@ -26,7 +27,7 @@ from fewstep.rundir import RunDir
 from fewstep.types import FewstepError
 
 # A preset's published figures are quoted only while these fields are the preset's.
-PUBLISHED_WITH = ("objective", "network", "total_nimg", "batch_size", "optimizer", "lr", "sigma_data", "precision")
+PUBLISHED_WITH = ("objective", "network", "timesteps", "total_nimg", "batch_size", "optimizer", "lr", "sigma_data", "precision")
 
 
 def train(args: Sequence[str]) -> dict[str, Any] | None:
@@ -40,22 +41,23 @@ def train(args: Sequence[str]) -> dict[str, Any] | None:
     peek.add_argument("--out", type=Path)
     peek.add_argument("--resume", action="store_true")
     peek.add_argument("--without", nargs="*", default=[])
-    peek.add_argument("--network")
+    for option in CHOICES:
+        peek.add_argument(f"--{option}")
     early, _ = peek.parse_known_args(rest)
     preset = recipe = recipes.recipe(name, early.preset)
     init = load(early.init) if early.init else None
-    if early.resume and early.preset:
-        raise FewstepError("--resume keeps the recipe of the run: leave out --preset")
+    chosen = {option: value for option in CHOICES if (value := getattr(early, option))}
+    fixed = [*(["preset"] if early.preset else []), *(["without"] if early.without else []), *chosen]
+    if early.resume and fixed:
+        raise FewstepError(f"--resume keeps the recipe of the run: leave out --{', --'.join(fixed)}")
+    if init and "network" in chosen:
+        raise FewstepError("the network is that of --init: leave out --network")
     if early.resume and early.out:
         recipe = stored_recipe(early.out, name)
     elif init:
         recipe = inherit(recipe, init)
-    if early.network:
-        if init or early.resume:
-            raise FewstepError("the network is that of --init or of the run to resume: leave out --network")
-        recipe = replace(recipe, network=named(early.network))
-    if early.without and early.resume:
-        raise FewstepError("--resume keeps the recipe of the run: leave out --without")
+    for option, value in chosen.items():
+        recipe = choose(recipe, option, value)
     for part in early.without:
         recipe = recipes.without(name, recipe, part)
     options, recipe = parse_train(name, rest, recipe)
@@ -105,6 +107,14 @@ class TrainOptions:
     """parts of a method to leave out, for ablations: see the recipe's page (slct: cauchy denoising ot adaptive-c nsln)"""
     network: str | None = None
     """unet, ddpm++, ncsn++, dit-s, dit-b, dit-l or dit-xl in place of the preset's; then --network.FIELD changes it"""
+    coupling: str | None = None
+    """which noise goes with which image: independent or ot; then --objective.coupling.FIELD"""
+    distance: str | None = None
+    """of the consistency term: l2, pseudo-huber, cauchy or geman-mcclure; then --objective.terms.consistency.distance.FIELD"""
+    c: str | None = None
+    """the distance's constant: dimension (0.00054 sqrt(d)), intervals (sLCT's closed form) or residual (measured online)"""
+    times: str | None = None
+    """an adaptive law of times on top of the recipe's: variance or learned (own: none); then --timesteps.FIELD"""
     dry_run: bool = False
     """print the resolved recipe and its cost, and stop"""
     device: str = "auto"
