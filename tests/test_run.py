@@ -758,7 +758,7 @@ def test_skipping_counts_goes_on_and_stops_when_it_is_too_much(tmp_path, monkeyp
 
 def test_data_that_is_all_poison_leaves_the_weights_alone(tmp_path, monkeypatch):
     r = poisoned(tmp_path, monkeypatch, white=23, on_nonfinite="skip", total_nimg=40)
-    monkeypatch.setattr("fewstep.training.to_float", lambda x: torch.ones(x.shape))
+    monkeypatch.setattr("fewstep.data.prepare.to_float", lambda x: torch.ones(x.shape))
     with pytest.raises(FewstepError, match="every step was skipped"):
         go(r, tmp_path / "run")
     fresh = replace(r, lr=LearningRate(1e-60))  # nothing in float32
