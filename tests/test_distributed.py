@@ -56,17 +56,23 @@ from fewstep.objectives import *
 from fewstep.progress import Constant, LearningRate
 from fewstep.recipe import Optimizer, Recipe
 from fewstep.snapshots import write
+from fewstep.timesteps import LossVariance
 from fewstep.training import TrainState, training_steps
 objective = PairObjective(
     pairs=GridPairs(KarrasGrid(Constant(20.0)), density=LogNormal(-0.5, 1.0)),
     terms={"consistency": Consistency(distance=PseudoHuber(c=0.03), weighting=InverseGap()),
            "denoising": Denoising(distance=SquaredL2("mean"), weighting=EDM(), where=Below(0.6), scale=5.0)})
+if special:  # optimal transport over the whole batch, c from the measured residual, times by the loss's variance
+    term = replace(objective.terms["consistency"], distance=Cauchy(ResidualScale()))
+    objective = replace(objective, coupling=MinibatchOT(over="world"), terms={**objective.terms, "consistency": term})
 r = Recipe(name="test", objective=objective, network=EDMUNet(channels=8, multipliers=(1,), blocks=1, attention=(), dropout=0.0),
            data=DataSpec(data, flip=True), total_nimg=800, batch_size=12, microbatch=microbatch, lr=LearningRate(1e-3),
-           averages=(ConstantEMA(0.5),), optimizer=Optimizer("adam", eps=1e-2), conditional=True)
+           averages=(ConstantEMA(0.5),), optimizer=Optimizer("adam", eps=1e-2), conditional=True,
+           timesteps=LossVariance(weighted=True) if special else None)
 images = open_images(r.data)
 state = TrainState.create(r, Architecture(r.network, images.shape, 3), torch.device("cpu"))
-feed = batches(images, BatchOrder(len(images), 0), 0, 12, rank=distributed.rank(), world=distributed.world())
+place = (0, 1) if special else (distributed.rank(), distributed.world())
+feed = batches(images, BatchOrder(len(images), 0), 0, 12, rank=place[0], world=place[1])
 steps = list(islice(training_steps(state, r, feed), 4))
 feed.close()
 assert all(len(s.t) == 12 // world for s in steps)
@@ -198,10 +204,14 @@ def test_sums_over_two_processes():
     together(SUMS, 2)
 
 
-def test_two_processes_train_what_one_does(tmp_path, data):
-    """Four steps with a masked term, flips, labels and Adam: the same times and losses, the same weights to 1e-6."""
-    together(TRAIN, 1, out=str(tmp_path), data=data, microbatch=None)
-    together(TRAIN, 2, out=str(tmp_path), data=data, microbatch=4)
+@pytest.mark.parametrize("special", [False, True])
+def test_two_processes_train_what_one_does(tmp_path, data, special):
+    """Four steps with a masked term, flips, labels and Adam: the same times and losses, the same weights to 1e-6.
+
+    special: also with what looks at the whole batch.
+    """
+    together(TRAIN, 1, out=str(tmp_path), data=data, microbatch=None, special=special)
+    together(TRAIN, 2, out=str(tmp_path), data=data, microbatch=4, special=special)
     one, two, other = (read(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
     for name, t in two.tensors.items():
         if name.startswith("t/"):
