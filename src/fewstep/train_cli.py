@@ -27,7 +27,17 @@ from fewstep.rundir import RunDir
 from fewstep.types import FewstepError
 
 # A preset's published figures are quoted only while these fields are the preset's.
-PUBLISHED_WITH = ("objective", "network", "timesteps", "total_nimg", "batch_size", "optimizer", "lr", "sigma_data", "precision")
+PUBLISHED_WITH = (
+    "objective",
+    "network",
+    "timesteps",
+    "total_nimg",
+    "batch_size",
+    "optimizer",
+    "lr",
+    "sigma_data",
+    "precision",
+)
 
 
 def train(args: Sequence[str]) -> dict[str, Any] | None:
