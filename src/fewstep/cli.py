@@ -221,8 +221,8 @@ def train(args: Sequence[str]) -> dict[str, Any] | None:
 
 
 VERBS: dict[str, Callable[..., Any]] = {
-    "demo": demo, "train": train, "combine": combine, "average": average, "sample": sample, "evaluate": evaluate,
-    "inspect": inspect, "compare": compare, "report": report, "doctor": doctor, "encode": encode,
+    "demo": demo, "inspect": inspect, "encode": encode, "train": train, "combine": combine, "average": average,
+    "sample": sample, "evaluate": evaluate, "compare": compare, "report": report, "doctor": doctor,
 }  # fmt: skip
 
 
