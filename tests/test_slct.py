@@ -188,6 +188,14 @@ def test_a_scale_or_mask_of_another_grid_is_refused():
         replace(slct, objective=replace(slct.objective, terms={**slct.objective.terms, "denoising": term}))
 
 
+def test_transport_within_classes_is_for_conditional_recipes():
+    slct = recipes.recipe("slct")
+    coupled = replace(slct.objective, coupling=MinibatchOT(by_class="always"))
+    with pytest.raises(FewstepError, match="--conditional"):
+        replace(slct, objective=coupled)
+    assert replace(slct, objective=coupled, conditional=True).objective == coupled
+
+
 # ------------------------------------------------------------------------------------------------------------ training
 
 

@@ -141,6 +141,10 @@ class Recipe:
             )
         for name, term in self.objective.terms.items():
             self.check_term(name, term)
+        if getattr(self.objective.coupling, "by_class", "auto") == "always" and not self.conditional:
+            raise FewstepError(
+                "--objective.coupling.by-class always needs labels: give --conditional and labelled data, or by-class auto"
+            )
         if self.microbatch is not None and self.microbatch < 1:
             raise FewstepError(f"--microbatch must be 1 or more, got {self.microbatch}")
         if len({law.name for law in self.averages}) < len(self.averages):

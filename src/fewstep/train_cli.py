@@ -77,7 +77,7 @@ def train(args: Sequence[str]) -> dict[str, Any] | None:
         return dry_run(recipe, init)
     check_train(options, recipe)
     first = os.environ.get("RANK", "0") == "0"  # torchrun starts several of us; one speaks
-    if recipe.starts_from and not init and not options.resume and first:
+    if recipe.starts_from and not recipe.needs_init and not init and not options.resume and first:
         say(
             f"note: {name} usually starts from {recipe.starts_from} (--init RUN; `fewstep train edm` makes one); "
             "this run starts from random weights"
