@@ -11,7 +11,6 @@ latents' moments and outliers) and reconstructions.png (above: held-out images, 
 
 import json
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,8 +25,8 @@ from fewstep.data import BatchOrder, DataSpec, Images, batches, open_images, to_
 from fewstep.environment import environment
 from fewstep.files import write_json
 from fewstep.pictures import grid, save
+from tasks import CACHE
 
-CACHE = Path(os.environ.get("FEWSTEP_BENCHMARKS", "~/.cache/fewstep/benchmarks")).expanduser()
 VAE = CACHE / "cifar10-vae"
 OUTLIERS = (4.0, 6.0, 8.0)  # in robust standard deviations
 

@@ -18,7 +18,6 @@ and .json (accuracy on the held-out tenth, and how the distance orders known cor
 """
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,8 +39,8 @@ from fewstep.files import atomic_write, write_json
 from fewstep.metrics import Extractor, Moments, Reference
 from fewstep.metrics.extractor import full_precision, tensors_sha256
 from fewstep.types import FewstepError
+from tasks import CACHE
 
-CACHE = Path(os.environ.get("FEWSTEP_BENCHMARKS", "~/.cache/fewstep/benchmarks")).expanduser()
 WEIGHTS = CACHE / "cifar10-features.safetensors"
 DIM = 64
 

@@ -46,9 +46,8 @@ from fewstep.run import train
 from fewstep.rundir import RunDir
 from fewstep.samplers import DPMSolver, FewStep
 from fewstep.types import FewstepError
-from tasks import Task, Value, carry_out, paired, spread
+from tasks import CACHE, Task, Value, carry_out, paired, spread
 
-CACHE = Path(os.environ.get("FEWSTEP_BENCHMARKS", "~/.cache/fewstep/benchmarks")).expanduser()
 AVERAGES: tuple[AverageLaw, ...] = (ConstantEMA(0.99), ConstantEMA(0.98))
 EVALUATIONS = (1, 2, 5, 9, 17)  # of the diffusion model
 METHODS = ("diffusion", "ct", "ict", "ect", "tcm", "cd", "slct")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import statistics
 import time
 import traceback
@@ -20,6 +21,7 @@ from fewstep.files import write_json
 from fewstep.types import FewstepError
 
 Value: TypeAlias = dict[str, Any]
+CACHE = Path(os.environ.get("FEWSTEP_BENCHMARKS", "~/.cache/fewstep/benchmarks")).expanduser()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import pytest
 from fewstep import codec, recipes
 from fewstep.choices import CHOICES, choose
 from fewstep.networks import DiT
-from fewstep.objectives import Cauchy, DimensionScale, IntervalScale, MinibatchOT, PseudoHuber, ResidualScale
+from fewstep.objectives import LPIPS, Cauchy, DimensionScale, IntervalScale, MinibatchOT, PseudoHuber, ResidualScale
 from fewstep.timesteps import Learned
 from fewstep.train_cli import parse_train, train
 from fewstep.types import FewstepError
@@ -32,7 +32,8 @@ def test_choices_reach_their_part_and_keep_the_rest():
     assert distance(choose(slct, "distance", "pseudo-huber")) == PseudoHuber(distance(slct).c, over="mean")
     assert distance(choose(slct, "c", "residual")) == Cauchy(ResidualScale(), over="mean")
     assert distance(choose(ict, "c", "intervals")).c == IntervalScale(ict.objective.pairs.grid.intervals)
-    assert distance(choose(ict, "c", "intervals")).c_per_sqrt_dim == 0
+    assert isinstance(distance(choose(ict, "distance", "lpips")), LPIPS)
+    assert isinstance(distance(choose(recipes.recipe("ect"), "distance", "cauchy")).c, DimensionScale)
     assert "denoising" in choose(slct, "distance", "l2").objective.terms
 
 

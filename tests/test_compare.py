@@ -115,11 +115,19 @@ def test_a_run_stands_with_the_best_of_its_evaluations(runs: tuple[Path, Path, P
 
 
 @pytest.mark.parametrize(("gap", "how"), [(0.9, "within the noise"), (1.1, "worse")])
-def test_the_noise_is_two_joint_standard_deviations(gap: float, how: str) -> None:
-    a, far = record(10.0, std=0.3, seeds=2), 2 * math.hypot(0.3, 0.4)
+def test_the_noise_is_students_of_the_differences_seed_by_seed(gap: float, how: str) -> None:
+    a, far = record(10.0, std=0.3, seeds=2), 12.706 / math.sqrt(2) * 0.1  # t of 97.5 % at one degree of freedom
     assert standing(a, a) == "best"
-    assert standing(a, record(10 + gap * far, std=0.4, seeds=2)) == how
+    assert standing(a, record(10 + gap * far, std=0.4, seeds=2)) == how  # the differences have std 0.1
     assert standing(a, record(10 + gap * far)) == "one seed"
+    assert standing(a, record(math.inf, std=0.4, seeds=2)) == "worse"
+
+
+def test_values_of_other_noise_seeds_are_not_paired() -> None:
+    a = record(10.0, std=0.3, seeds=2)
+    near, far = (replace(record(10 + gap, std=0.3, seeds=2), seeds=(7, 8)) for gap in (1.0, 3.0))
+    assert standing(a, near) == "within the noise"  # Welch: t = 3.3 at two degrees of freedom, the limit is 4.3
+    assert standing(a, far) == "worse"
 
 
 def contender(label: str, *records: Record) -> Contender:
@@ -208,7 +216,11 @@ def test_a_search_stands_with_its_candidates_and_counts_its_run(tmp_path: Path) 
     first, second = tables([lcsc])
     assert [row.name for row in first.rows][:3] == ["lcsc", "lcsc: random <0>", "lcsc: best EMA"]
     assert (first.stamp.metric, second.stamp.metric) == ("fd", "recall")
-    assert [row.cells[1].standing for row in first.rows][:3] == ["best", "within the noise", "worse"]
+    assert [row.cells[1].standing for row in first.rows][:3] == [
+        "best",
+        "worse",
+        "worse",
+    ]  # by the same gap at every seed
     (alone,) = open_all([tmp_path / "lcsc"])
     assert alone.in_all is None
 

@@ -26,7 +26,7 @@ from fewstep.inspection import (
     inspect,
     values_of,
 )
-from fewstep.objectives import Cauchy, IntervalScale, PseudoHuber
+from fewstep.objectives import Cauchy, DimensionScale, IntervalScale, PseudoHuber
 from fewstep.recipes import recipe
 from fewstep.report.histograms import bars
 from fewstep.train_cli import parse_train
@@ -160,7 +160,7 @@ def test_the_options_are_taken_and_say_what_was_recommended(x: torch.Tensor) -> 
                 assert isinstance(distance.c, IntervalScale)
                 assert (distance.c.power, distance.c.offset, distance.over) == (1.15, 0.85, "mean")
             else:
-                assert distance == PseudoHuber(c_per_sqrt_dim=0.00054, over="sum")
+                assert distance == PseudoHuber(DimensionScale(0.00054), over="sum")
 
 
 def test_images_are_read_as_the_network_sees_them() -> None:

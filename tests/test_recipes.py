@@ -16,6 +16,7 @@ from fewstep.objectives import (
     ContinuousSchedule,
     Denoising,
     Diffusion,
+    DimensionScale,
     Everywhere,
     GridPairs,
     InverseGap,
@@ -224,7 +225,7 @@ def test_ict_is_the_papers(preset):
     assert type(recipe.objective.pairs) is GridPairs
     assert (grid.intervals, grid.sigma_min, grid.sigma_max, grid.rho) == (Doubling(10, 1280), 0.002, 80.0, 7.0)
     assert recipe.objective.pairs.density == LogNormal(-1.1, 2.0)
-    assert term.distance == PseudoHuber(c=0.0, c_per_sqrt_dim=0.00054, over="sum")
+    assert term.distance == PseudoHuber(DimensionScale(0.00054), over="sum")
     assert term.weighting == InverseGap()
     assert (recipe.optimizer, recipe.lr.peak) == (Optimizer("radam"), 1e-4)
     assert recipe.averages == (ConstantEMA(0.99993),)

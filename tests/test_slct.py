@@ -333,6 +333,17 @@ def test_cd_keeps_its_teacher_and_resumes_without_init(diffusion, tmp_path):
     assert any(not torch.equal(t, moved[name]) for name, t in start.denoiser.state_dict().items())
 
 
+def test_a_model_of_the_wrong_kind_is_no_start(diffusion, tmp_path):
+    from fewstep.model import load
+
+    with pytest.raises(FewstepError, match="is a diffusion model"):  # TCM's second stage without a first one
+        train(digits("tcm"), tmp_path / "tcm", init=load(diffusion), device="cpu", quiet=True)
+    train(digits("ect"), tmp_path / "ect", init=load(diffusion), device="cpu", quiet=True)
+    with pytest.raises(FewstepError, match="is a consistency model"):
+        train(digits("cd"), tmp_path / "cd", init=load(tmp_path / "ect"), device="cpu", quiet=True)
+    assert not (tmp_path / "tcm").exists()
+
+
 @pytest.mark.parametrize("name", ["cd", "tcm"])
 def test_methods_that_cannot_start_from_nothing_say_so(name, tmp_path):
     with pytest.raises(FewstepError, match="--init"):

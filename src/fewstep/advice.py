@@ -10,10 +10,10 @@ from typing import Final, Literal
 
 from fewstep.data import LatentSpace
 from fewstep.inspection import Statistics
+from fewstep.objectives.scales import PER_SQRT_DIM
 
 HEAVY_KURTOSIS: Final = 1.0
 HEAVY_SHARE: Final = 1e-6  # beyond 6 std
-C_PER_SQRT_DIM: Final = 0.00054  # iCT, arXiv:2310.14189, sec. 3.3
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Advice:
         c = "--objective.terms.consistency.distance.c"
         if self.distance == "cauchy":
             return {"sigma_data": f"{sigma} {weighting}", "distance": "", "c": f"{c}.power 1.15 {c}.offset 0.85"}
-        return {"sigma_data": sigma, "distance": "", "c": f"{c}-per-sqrt-dim {C_PER_SQRT_DIM}"}
+        return {"sigma_data": sigma, "distance": "", "c": f"{c}.per-sqrt-dim {PER_SQRT_DIM}"}
 
     def commands(self, data: str) -> list[str]:
         """From random weights; and where pseudo-Huber will do, by way of a diffusion model. data: the --data options."""
@@ -90,7 +90,7 @@ def recommend(statistics: Statistics, space: LatentSpace | None = None) -> Advic
         "(arXiv:2310.14189, sec. 3.3)"
     )
     reasons["c"] = (
-        f"iCT's constant for the norm over all {d:,} values: {C_PER_SQRT_DIM} sqrt({d}) = "
-        f"{C_PER_SQRT_DIM * math.sqrt(d):.3g} (arXiv:2310.14189, sec. 3.3)"
+        f"iCT's constant for the norm over all {d:,} values: {PER_SQRT_DIM} sqrt({d}) = "
+        f"{PER_SQRT_DIM * math.sqrt(d):.3g} (arXiv:2310.14189, sec. 3.3)"
     )
-    return Advice(sigma, "pseudo-huber", f"{C_PER_SQRT_DIM} sqrt(d)", reasons)
+    return Advice(sigma, "pseudo-huber", f"{PER_SQRT_DIM} sqrt(d)", reasons)

@@ -1,11 +1,12 @@
 """Parts of a recipe chosen by name: `fewstep train RECIPE --coupling ot --distance cauchy`, before its fields are read."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from fewstep.networks import NAMED, named
 from fewstep.objectives import (
+    LPIPS,
     Cauchy,
     DimensionScale,
     Distance,
@@ -49,13 +50,10 @@ def with_distance(make: Callable[..., Distance]) -> Change:
     return change
 
 
-def kept(old: Distance, make: Callable[..., Distance]) -> dict[str, Any]:
-    """The fields of a distance that another one has too; c as one of its scales."""
-    fields: dict[str, Any] = {"over": getattr(old, "over", "sum")}
-    if make is not SquaredL2:
-        c = getattr(old, "c", 0.0) or DimensionScale(getattr(old, "c_per_sqrt_dim", 0.0) or 0.00054)
-        fields["c"] = c
-    return fields
+def kept(old: Distance, make: Any) -> dict[str, Any]:
+    """The fields of a distance that another one has too; c = 0, the plain norm's, is left to the new one."""
+    names = {field.name for field in fields(make)} & {field.name for field in fields(old)}  # type: ignore[arg-type]
+    return {name: getattr(old, name) for name in names if (name, getattr(old, name)) != ("c", 0.0)}
 
 
 def with_scale(kind: str) -> Change:
@@ -68,8 +66,7 @@ def with_scale(kind: str) -> Change:
                 raise FewstepError(
                     f"--c {kind}: the distance of the {name} term has no constant c; give --distance cauchy too"
                 )
-            old = {"c_per_sqrt_dim": 0.0} if hasattr(term.distance, "c_per_sqrt_dim") else {}
-            terms[name] = replace(term, distance=replace(term.distance, c=scale_of(kind, recipe), **old))
+            terms[name] = replace(term, distance=replace(term.distance, c=scale_of(kind, recipe)))
         return replace(recipe, objective=replace(recipe.objective, terms=terms))
 
     return change
@@ -103,7 +100,7 @@ CHOICES: dict[str, dict[str, Change]] = {
     "times": {"own": with_times(None), "variance": with_times(LossVariance()), "learned": with_times(Learned())},
     "distance": {
         "l2": with_distance(SquaredL2), "pseudo-huber": with_distance(PseudoHuber), "cauchy": with_distance(Cauchy),
-        "geman-mcclure": with_distance(GemanMcClure),
+        "geman-mcclure": with_distance(GemanMcClure), "lpips": with_distance(LPIPS),
     },
     "c": {kind: with_scale(kind) for kind in ("dimension", "intervals", "residual")},
 }  # fmt: skip

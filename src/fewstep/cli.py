@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -18,9 +18,6 @@ from fewstep.combine_cli import average, combine
 from fewstep.compare_cli import compare
 from fewstep.encode_cli import encode
 from fewstep.inspect_cli import inspect
-
-if TYPE_CHECKING:
-    pass
 
 
 def demo(

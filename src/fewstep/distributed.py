@@ -52,7 +52,7 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
         tensor.copy_(part.reshape(tensor.shape))
 
 
-def gathered(rows: Tensor) -> Tensor:
+def gather_rows(rows: Tensor) -> Tensor:
     """The rows [n, ...] of every rank, in the order of ranks: [world * n, ...]."""
     if world() == 1:
         return rows

@@ -147,14 +147,23 @@ def verdict(records: Mapping[str, Sequence[Record]], metric: str, label: str = "
         std = statistics.stdev(differences) if len(differences) > 1 and math.isfinite(mean) else math.inf
         gains[name] = {
             "fraction": number(mean / abs(other.value)) if other.value else None, "paired_mean": number(mean),
-            "paired_std": number(std), "within_noise": not abs(mean) > confidence(len(differences)) * std,
+            "paired_std": number(std), "within_noise": within_noise(mine, other),
         }  # fmt: skip
     return {"gains": gains, "verdict": sentence(gains, records, metric, sign, label)}
 
 
-def confidence(n: int) -> float:
-    """Standard deviations of n paired differences that their mean must exceed to be beyond the noise: Student's 95 %."""
-    return float(stats.t.ppf(0.975, n - 1)) / math.sqrt(n) if n > 1 else math.inf
+def within_noise(a: Record, b: Record) -> bool:
+    """Whether the noise seeds alone may have made the difference: Student's test at 95 %, paired where the seeds are the same.
+
+    True where there are fewer than two seeds, or a value is not finite: nothing is shown then.
+    """
+    if min(len(a.seeds), len(b.seeds)) < 2 or not all(map(math.isfinite, (*a.values, *b.values))):
+        return True
+    if a.seeds != b.seeds:
+        return not stats.ttest_ind(a.values, b.values, equal_var=False).pvalue < 0.05
+    differences = [x - y for x, y in zip(a.values, b.values, strict=True)]
+    limit = float(stats.t.ppf(0.975, len(differences) - 1)) / math.sqrt(len(differences))
+    return not abs(statistics.fmean(differences)) > limit * statistics.stdev(differences)
 
 
 def sentence(

@@ -95,8 +95,8 @@ class Recipe:
     """CD: the model of --init, frozen, steps from x_t to x_r; the run keeps a copy of it"""
     starts_from: str = ""
     """what --init should hold, e.g. 'a diffusion model'; empty: random weights are usual"""
-    needs_init: bool = False
-    """without --init the run is refused"""
+    needs_init: Literal["", "diffusion", "consistency"] = ""
+    """the kind of model without which, as --init, the run is refused"""
     seed: int = 0
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """bf16: autocast with fp32 weights and loss; tf32: on CUDA"""

@@ -51,6 +51,10 @@ def train(
     architecture = architecture_for(recipe, images)
     if recipe.needs_init and not init and not resume:
         raise FewstepError(f"{recipe.name} starts from {recipe.starts_from}: give its run or snapshot with --init")
+    if init and recipe.needs_init not in ("", init.info.kind):
+        raise FewstepError(
+            f"{recipe.name} starts from {recipe.starts_from}, but {init.path} is a {init.info.kind} model: give another --init"
+        )
     state = TrainState.create(recipe, architecture, place)
     if init:
         tensors = init.denoiser.state_dict()

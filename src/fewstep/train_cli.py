@@ -120,7 +120,7 @@ class TrainOptions:
     coupling: str | None = None
     """which noise goes with which image: independent or ot; then --objective.coupling.FIELD"""
     distance: str | None = None
-    """of the consistency term: l2, pseudo-huber, cauchy or geman-mcclure; then --objective.terms.consistency.distance.FIELD"""
+    """of consistency terms: l2, pseudo-huber, cauchy, geman-mcclure, lpips; --objective.terms.consistency.distance.FIELD"""
     c: str | None = None
     """the distance's constant: dimension (0.00054 sqrt(d)), intervals (sLCT's closed form) or residual (measured online)"""
     times: str | None = None

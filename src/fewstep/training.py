@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewstep.data.order import prefetched
 from fewstep.data.prepare import Pixels, Prepare
-from fewstep.distributed import gathered, rank, sum_over_ranks, world
+from fewstep.distributed import gather_rows, rank, sum_over_ranks, world
 from fewstep.ema import Average, lerp
 from fewstep.networks import Architecture, Preconditioned
 from fewstep.noise import step_seed
@@ -249,7 +249,7 @@ class Lesson:
     def at(self, u: Times, importance: PerSample) -> Batch:
         """The batch with its times at these quantiles of the recipe's law."""
         draw = self.recipe.objective.retimed(
-            self.drawn.draw, gathered(u), gathered(importance), self.progress, self.seed, rank()
+            self.drawn.draw, gather_rows(u), gather_rows(importance), self.progress, self.seed, rank()
         )
         return replace(self.drawn, draw=draw)
 

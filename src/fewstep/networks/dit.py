@@ -8,9 +8,8 @@ Against the paper: no learned variance (half of the output channels), no null cl
 a noise embedding of slow sinusoids (see NoiseFeatures). DiT-S/2 of 1000 classes at 4x32x32 has 32.86M parameters, the
 paper's 33M.
 
-Our own text and not diffusers' DiTTransformer2DModel: that one is no faster (44.3 against 42.2 ms of one CPU core an image
-forward and backward at 4x32x32, 2.30 against 2.19 at 4x8x8, width 128, depth 6), embeds time and label anew in every
-block (39.8M parameters), needs labels, drops them at random in training, and no stock pipeline samples from it in two
+Our own text and not diffusers' DiTTransformer2DModel: that one was no faster in a trial on a CPU, embeds time and label anew
+in every block (39.8M parameters), needs labels, drops them at random in training, and no stock pipeline samples from it in two
 steps.
 """
 

@@ -15,11 +15,12 @@ from fewstep.objectives.pairs import (
     Truncated,
     UniformIndex,
 )
+from fewstep.objectives.perceptual import LPIPS
 from fewstep.objectives.scales import DimensionScale, IntervalScale, ResidualScale, Scale
 from fewstep.objectives.weightings import EDM, InverseGap, Unit, Weighting
 
 __all__ = [
-    "EDM", "Above", "At", "Below", "Cauchy", "Consistency", "ContinuousSchedule", "Coupling", "Denoising", "Diffusion",
+    "EDM", "LPIPS", "Above", "At", "Below", "Cauchy", "Consistency", "ContinuousSchedule", "Coupling", "Denoising", "Diffusion",
     "DimensionScale", "Distance", "Draw", "Everywhere", "GemanMcClure", "GridPairs", "Independent", "IntervalScale",
     "InverseGap", "KarrasGrid", "LogNormal", "LogStudent", "LowestOf", "Mask", "MinibatchOT", "Networks", "Pair",
     "PairObjective", "PairSampler", "PseudoHuber", "ResidualScale", "Scale", "SquaredL2", "Term", "Truncated",

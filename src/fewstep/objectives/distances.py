@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.objectives.scales import DimensionScale, Scale, check_positive, scale
 from fewstep.progress import Progress
-from fewstep.types import FewstepError, PerSample, Sample
+from fewstep.types import PerSample, Sample
 
 Over: TypeAlias = Literal["sum", "mean"]
 
@@ -40,63 +40,60 @@ class SquaredL2:
 
 
 @dataclass(frozen=True)
-class PseudoHuber:
-    """sqrt(m + c^2) - c with m = ||a - b||^2 (iCT, arXiv:2310.14189, sec. 3.3). At c = 0 the plain norm sqrt(m) (ECT)."""
+class Robust:
+    """A distance that is quadratic while sqrt(m) is well below c, m = ||a - b||^2, and counts outliers for less beyond."""
 
-    c: Scale = 0.0
+    c: Scale = DimensionScale()
     """in units of sqrt(m)"""
-    c_per_sqrt_dim: float = 0.0
-    """adds this times sqrt(C*H*W) to c; iCT: 0.00054"""
     over: Over = "sum"
-    """m is the sum over C, H, W (the papers), or the mean"""
+    """m is the sum over C, H, W, or the mean"""
 
     def __post_init__(self) -> None:
-        if (isinstance(self.c, int | float) and self.c < 0) or self.c_per_sqrt_dim < 0:
-            raise FewstepError("the constant c of a pseudo-Huber distance cannot be negative")
+        if isinstance(self.c, int | float):
+            check_positive(self.c)
+
+    def m_and_c(self, a: Sample, b: Sample, progress: Progress | None) -> tuple[PerSample, float]:
+        return squared_error(a, b, self.over), scale(self.c, a[0].numel(), progress)
+
+
+@dataclass(frozen=True)
+class PseudoHuber(Robust):
+    """sqrt(m + c^2) - c (iCT, arXiv:2310.14189, sec. 3.3). At c = 0 the plain norm sqrt(m) (ECT)."""
+
+    c: Scale = 0.0
+
+    def __post_init__(self) -> None:
+        if self.c != 0:
+            super().__post_init__()
 
     def __call__(self, a: Sample, b: Sample, progress: Progress | None = None, /) -> PerSample:
-        dim = a[0].numel()
-        c = scale(self.c, dim, progress) + self.c_per_sqrt_dim * sqrt(dim)
-        if c == 0:  # vector_norm has gradient 0 where a = b; the square root has none
+        if self.c == 0:  # vector_norm has gradient 0 where a = b; the square root has none
             norm = torch.linalg.vector_norm((a.float() - b.float()).flatten(1), dim=1)
-            return norm if self.over == "sum" else norm / sqrt(dim)
-        m = squared_error(a, b, self.over)
+            return norm if self.over == "sum" else norm / sqrt(a[0].numel())
+        m, c = self.m_and_c(a, b, progress)
         return m / ((m + c * c).sqrt() + c)  # sqrt(m + c^2) - c without the cancellation at small m
 
 
 @dataclass(frozen=True)
-class Cauchy:
+class Cauchy(Robust):
     """ln(1 + m / (2 c^2)): grows with the logarithm of an outlier (sLCT, arXiv:2502.01441, sec. 4.1).
 
     With m the mean over C, H, W, c is in units of one value; the sum with c_sum = sqrt(C*H*W) c is the same distance.
     """
 
-    c: Scale = DimensionScale()
     over: Over = "mean"
-    """m is the mean over C, H, W (the paper), or the sum"""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.c, int | float):
-            check_positive(self.c)
 
     def __call__(self, a: Sample, b: Sample, progress: Progress | None = None, /) -> PerSample:
-        c = scale(self.c, a[0].numel(), progress)
-        return torch.log1p(squared_error(a, b, self.over) / (2 * c * c))
+        m, c = self.m_and_c(a, b, progress)
+        return torch.log1p(m / (2 * c * c))
 
 
 @dataclass(frozen=True)
-class GemanMcClure:
+class GemanMcClure(Robust):
     """2 m / (m + 4 c^2), at most 2: an outlier's pull vanishes. Cauchy's sibling in arXiv:1701.03077 (alpha = -2 and 0)."""
 
-    c: Scale = DimensionScale()
     over: Over = "mean"
-    """m is the mean over C, H, W, or the sum"""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.c, int | float):
-            check_positive(self.c)
 
     def __call__(self, a: Sample, b: Sample, progress: Progress | None = None, /) -> PerSample:
-        c = scale(self.c, a[0].numel(), progress)
-        m = squared_error(a, b, self.over)
+        m, c = self.m_and_c(a, b, progress)
         return 2 * m / (m + 4 * c * c)

@@ -206,7 +206,7 @@ class LogStudent:
         first, last = law.cdf(math.log(low)), law.cdf(math.log(high))
         inside = first + u.clamp(2**-24, 1 - 2**-24).double().cpu().numpy() * (last - first)
         t = torch.from_numpy(law.ppf(inside)).exp().float().to(u.device)
-        return t.clamp(math.nextafter(low, math.inf) * (1 + 1e-7), high)
+        return t.clamp(low * (1 + 1e-6), high)  # above the boundary in float32 too
 
 
 @dataclass(frozen=True)

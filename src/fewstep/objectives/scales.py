@@ -10,12 +10,14 @@ from typing import TypeAlias
 from fewstep.progress import Doubling, Progress
 from fewstep.types import FewstepError
 
+PER_SQRT_DIM = 0.00054  # iCT, arXiv:2310.14189, sec. 3.3
+
 
 @dataclass(frozen=True)
 class DimensionScale:
     """c = per_sqrt_dim * sqrt(d) throughout (iCT, arXiv:2310.14189, sec. 3.3)."""
 
-    per_sqrt_dim: float = 0.00054
+    per_sqrt_dim: float = PER_SQRT_DIM
 
     def __post_init__(self) -> None:
         check_positive(self.per_sqrt_dim)
@@ -36,7 +38,7 @@ class IntervalScale:
     """N: must be the grid's own"""
     power: float = 1.15
     offset: float = 0.85
-    first_per_sqrt_dim: float = 0.00054
+    first_per_sqrt_dim: float = PER_SQRT_DIM
 
     def __post_init__(self) -> None:
         check_positive(self.first_per_sqrt_dim)
@@ -60,7 +62,7 @@ class ResidualScale:
     factor: float = 1.0
     half_life_nimg: int = 6_400
     """images after which a measurement counts half"""
-    first_per_sqrt_dim: float = 0.00054
+    first_per_sqrt_dim: float = PER_SQRT_DIM
 
     def __post_init__(self) -> None:
         check_positive(self.factor)

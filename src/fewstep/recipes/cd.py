@@ -38,7 +38,7 @@ def cd() -> Recipe:
         sigma_min=0.002,
         teacher=True,
         starts_from="a diffusion model",
-        needs_init=True,
+        needs_init="diffusion",
         total_nimg=12_800_000,
         batch_size=256,
         optimizer=Optimizer("radam"),

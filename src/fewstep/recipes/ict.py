@@ -12,7 +12,16 @@ from dataclasses import replace
 from fewstep.data import DataSpec
 from fewstep.ema import ConstantEMA
 from fewstep.networks import EDMUNet, UNet
-from fewstep.objectives import Consistency, GridPairs, InverseGap, KarrasGrid, LogNormal, PairObjective, PseudoHuber
+from fewstep.objectives import (
+    Consistency,
+    DimensionScale,
+    GridPairs,
+    InverseGap,
+    KarrasGrid,
+    LogNormal,
+    PairObjective,
+    PseudoHuber,
+)
 from fewstep.progress import Doubling, LearningRate
 from fewstep.recipe import Evaluation, Optimizer, Recipe
 from fewstep.recipes.edm import on_digits
@@ -23,7 +32,9 @@ def objective(s0: int = 10, s1: int = 1280) -> PairObjective:
     return PairObjective(
         pairs=GridPairs(KarrasGrid(Doubling(s0, s1)), density=LogNormal(-1.1, 2.0)),
         terms={
-            "consistency": Consistency(distance=PseudoHuber(c_per_sqrt_dim=0.00054, over="sum"), weighting=InverseGap())
+            "consistency": Consistency(
+                distance=PseudoHuber(DimensionScale(0.00054), over="sum"), weighting=InverseGap()
+            )
         },
     )
 

@@ -9,7 +9,6 @@ nearly plain L2: the presets `mean` and `digits-mean`. Say which one a compariso
     fewstep train ilct --data latents/ --out runs/ilct
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from fewstep.data import DataSpec
@@ -69,9 +68,9 @@ def celebahq256() -> Recipe:
     )
 
 
-def digits(over: Over = "sum") -> Callable[[], Recipe]:
+def digits(over: Over = "sum") -> Recipe:
     """Bundled 8x8 handwritten digits as pixels, class-conditional, on two CPU cores."""
-    return lambda: on_digits(
+    return on_digits(
         ilct(over),
         objective=objective(over, s0=10, s1=160),
         total_nimg=128_000,
@@ -82,6 +81,6 @@ def digits(over: Over = "sum") -> Callable[[], Recipe]:
 
 
 PRESETS = {
-    "default": ilct, "mean": lambda: ilct("mean"), "celebahq256": celebahq256, "digits": digits("sum"),
-    "digits-mean": digits("mean"),
+    "default": ilct, "mean": lambda: ilct("mean"), "celebahq256": celebahq256, "digits": digits,
+    "digits-mean": lambda: digits("mean"),
 }  # fmt: skip

@@ -17,8 +17,6 @@ nsln        every norm is LayerNorm over C, H, W with a shift but no scale; with
 from collections.abc import Callable
 from dataclasses import replace
 
-from fewstep.data import DataSpec
-from fewstep.ema import ConstantEMA
 from fewstep.networks import DiT, UNet
 from fewstep.objectives import (
     EDM,
@@ -39,9 +37,11 @@ from fewstep.objectives import (
     PseudoHuber,
     SquaredL2,
 )
-from fewstep.progress import Doubling, LearningRate
-from fewstep.recipe import Optimizer, Recipe
-from fewstep.recipes.edm import on_digits
+from fewstep.progress import Doubling
+from fewstep.recipe import Recipe
+from fewstep.recipes.ilct import celebahq256 as ilct_celebahq256
+from fewstep.recipes.ilct import digits as ilct_digits
+from fewstep.recipes.ilct import ilct
 from fewstep.types import FewstepError
 
 
@@ -61,48 +61,26 @@ def objective(s0: int = 10, s1: int = 640, sigma_data: float = 0.5) -> PairObjec
     )
 
 
-def slct() -> Recipe:
-    """For your own images as latents (fewstep encode), one GPU: 12.8M images, an ADM of 128 channels."""
-    return Recipe(
-        name="slct",
-        objective=objective(),
-        network=UNet(128, (1, 2, 3, 4), layers=2, attention=(16, 8), norm="nonscaling-layer"),
-        data=DataSpec("", flip=True),
-        sigma_min=0.002,
-        total_nimg=12_800_000,
-        batch_size=128,
-        optimizer=Optimizer("radam", weight_decay=1e-4),
-        lr=LearningRate(1e-4),
-        averages=(ConstantEMA(0.9999), ConstantEMA(0.99993)),
-        on_nonfinite="skip",
-    )
+def slct(base: Recipe | None = None, s1: int = 640) -> Recipe:
+    """For your own images as latents (fewstep encode), one GPU: 12.8M images, an ADM of 128 channels. iLCT, changed."""
+    base = base or ilct("mean")
+    assert isinstance(base.network, UNet)
+    network = replace(base.network, norm="nonscaling-layer")
+    return replace(base, name="slct", objective=objective(s1=s1), network=network)
 
 
 def celebahq256() -> Recipe:
     """The paper's CelebA-HQ at 256x256: latents [4, 32, 32] of sd-vae-ft-ema, 294k iterations of 128."""
     return replace(
-        slct(),
-        network=UNet(128, (1, 2, 3, 4), layers=4, attention=(16, 8), norm="nonscaling-layer"),
+        slct(ilct_celebahq256()),
         second_sigma=0.42,
-        total_nimg=294_000 * 128,
-        averages=(ConstantEMA(0.99993),),
-        precision="tf32",
         published="FID 1 step / 2 steps: 7.27 / 6.93, recall 0.50 / 0.52 (iLCT 37.15 / 16.84)",
     )
 
 
 def digits() -> Recipe:
     """Bundled 8x8 handwritten digits as pixels, class-conditional, on two CPU cores."""
-    small = on_digits(
-        slct(),
-        objective=objective(s0=10, s1=160),
-        total_nimg=128_000,
-        batch_size=128,
-        lr=LearningRate(5e-4),
-        averages=(ConstantEMA(0.99),),
-    )
-    assert isinstance(small.network, UNet)
-    return replace(small, network=replace(small.network, norm="nonscaling-layer"))
+    return slct(ilct_digits("mean"), s1=160)
 
 
 def with_distance(recipe: Recipe, distance: Distance) -> Recipe:

@@ -60,7 +60,7 @@ def tcm() -> Recipe:
         network=Spliced(UNet(dropout=0.1)),
         data=DataSpec("", flip=True),
         starts_from="the consistency model of stage 1 (fewstep train ect)",
-        needs_init=True,
+        needs_init="consistency",
         total_nimg=1_280_000,
         batch_size=128,
         optimizer=Optimizer("radam"),

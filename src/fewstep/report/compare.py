@@ -108,9 +108,9 @@ def numbers(found: Comparison) -> str:
     others = [table for table in found.tables if table.stamp.metric != first.stamp.metric]
     parts = [
         "<section><h2>Numbers</h2><p>Best first. Rows of a table share metric, number of images, features and reference; ± is "
-        "the standard deviation over noise seeds; NFE are network evaluations per image. Within the noise: the means differ "
-        "by less than two joint standard deviations. A run's own evaluations are the best of several, picked by these same "
-        "numbers. Training is the time of the steps alone, without evaluations, pictures and files.</p>"
+        "the standard deviation over noise seeds; NFE are network evaluations per image. Within the noise: the difference "
+        "is not beyond Student's 95 % over the noise seeds, paired by seed. A run's own evaluations are the best of several, "
+        "picked by these same numbers. Training is the time of the steps alone, without evaluations, pictures and files.</p>"
     ]
     for table in main:
         parts.append(f"<p>{escape(why_apart(table, first))}</p>" * (table is not first) + whole(table))

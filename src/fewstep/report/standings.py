@@ -8,10 +8,10 @@ from typing import Any
 
 from fewstep.metrics import Record
 from fewstep.metrics.record import LOWER_IS_BETTER, STAMP
+from fewstep.outcome import within_noise
 from fewstep.report.contenders import Contender, Measured
 from fewstep.report.details import duration
 
-NOISE = 2.0  # joint standard deviations of the noise seeds
 FACTS = ("recipe", "parameters", "images seen", "with its start", "training", "images/s")
 
 
@@ -77,13 +77,14 @@ def cost(record: Record) -> float:
 
 
 def standing(best: Record, record: Record) -> str:
-    """How a record stands to the best of its column: within the noise where the means differ by less than 2 joint std."""
+    """How a record stands to the best of its column."""
     if record is best:
         return "best"
     if min(len(best.seeds), len(record.seeds)) < 2:
         return "one seed"
-    joint = math.hypot(best.std, record.std)
-    return "within the noise" if abs(record.value - best.value) < NOISE * joint else "worse"
+    if not math.isfinite(record.value):
+        return "worse"
+    return "within the noise" if within_noise(best, record) else "worse"
 
 
 def tables(contenders: Iterable[Contender]) -> list[Table]:
@@ -192,7 +193,7 @@ def text(found: Sequence[Table], contenders: Sequence[Contender]) -> str:
         heads = ["not measured", *FACTS]
         parts.append(aligned([heads, *([c.label, *facts(c)] for c in bare)]))
         parts.append(f"to measure them:\n{remedy(bare)}")
-    marks = "* best   ~ within the noise: the means differ by less than 2 joint standard deviations of the noise seeds"
+    marks = "* best   ~ within the noise: the difference is not beyond Student's 95 % over the noise seeds"
     return "\n\n".join([*parts, *[marks] * bool(found)])
 
 
