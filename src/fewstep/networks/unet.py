@@ -38,6 +38,9 @@ class UNet:
     low_frequency_time: bool = True
     """keep only the sinusoids of the time embedding that turn at most 0.5 rad per e-fold of sigma (the others, up to 250,
     hurt consistency tuning: see docs/log.md). Only weights are zeroed: the network stays a stock UNet2DModel."""
+    time_scale: float = 1000.0
+    """what c_noise is multiplied by before the time embedding: 1000 for the consistency models' and diffusers' networks, 1
+    for EDM's ADM. Only with 1000 is the network a stock UNet2DModel"""
     norm: Norm = "group"
     """what stands in the place of every group norm; nonscaling-layer is sLCT's, for latents. Only with group is the network
     a stock UNet2DModel"""
@@ -47,6 +50,8 @@ class UNet:
         check_multipliers(self.multipliers)
         check_dropout(self.dropout)
         check_norm(self.norm)
+        if not self.time_scale > 0:
+            raise FewstepError(f"--network.time-scale must be positive, got {self.time_scale}")
 
     def build(self, shape: tuple[int, ...], num_classes: int) -> nn.Module:
         """The module F(x [n, C, H, W], c_noise [n], label [n] | None) -> [n, C, H, W]; shape is (C, H, W)."""
@@ -81,7 +86,7 @@ class _UNet(nn.Module):
         narrowest = min([widths[-1], *(w for w, d in zip(widths, down, strict=True) if d == "Attn")])
         if narrowest < config.head_dim:  # the innermost level always has attention
             raise FewstepError(f"attention at width {narrowest} needs --network.head-dim {narrowest} or less")
-        self.num_classes = num_classes
+        self.num_classes, self.time_scale = num_classes, config.time_scale
         unet: Any = UNet2DModel(
             sample_size=size,
             in_channels=image_channels,
@@ -112,7 +117,7 @@ class _UNet(nn.Module):
     ) -> Float[Tensor, "n c h w"]:
         if (label is None) == bool(self.num_classes):
             raise FewstepError("a class-conditional network needs labels, an unconditional one takes none")
-        return self.unet(x, (1000 * c_noise).to(x.dtype), class_labels=label, return_dict=False)[0]
+        return self.unet(x, (self.time_scale * c_noise).to(x.dtype), class_labels=label, return_dict=False)[0]
 
 
 def keep_dropout_at(unet: Any, size: int, max_resolution: int) -> None:

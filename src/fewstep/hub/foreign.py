@@ -1,0 +1,94 @@
+"""A model of other people as one of ours: its tensors under our names, and what became of every key."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from fewstep.networks import Architecture
+from fewstep.types import FewstepError
+
+SHOWN = 20  # rows of a table of keys in an error
+
+
+@dataclass(frozen=True)
+class Key:
+    """What became of one tensor."""
+
+    theirs: str
+    """its name in the source; empty: the source has none"""
+    ours: str
+    """its name in the denoiser's state dict; empty: there is no place for it"""
+    shape: tuple[int, ...]
+    """of theirs, of ours where they have none"""
+    remark: str = ""
+    """why it was left out, transposed, split, ...; empty: taken as it is"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """A model read from a foreign file, without executing anything in it."""
+
+    source: str
+    """what kind of file it is, in a few words: EDM pickle (EDMPrecond, SongUNet)"""
+    architecture: Architecture
+    kind: Literal["diffusion", "consistency"]
+    tensors: dict[str, Tensor]
+    """float32, named as in architecture.build().state_dict()"""
+    keys: tuple[Key, ...]
+    notes: tuple[str, ...] = ()
+    """what a user should know of the conversion, a sentence each"""
+    lineage: tuple[str, ...] = ()
+    """where the weights come from and under which licence, a sentence each; inherited by every student"""
+    second_sigma: float | None = None
+    """noise level of the second sampling step (EDM sigma); None: it is not told"""
+    clip_denoised: bool = False
+    """sampled with every estimate of the clean image clipped to [-1, 1]"""
+    class_names: tuple[str, ...] = ()
+    nimg: int = 0
+    """images seen in training, 0 where it is not told"""
+
+
+def fit(
+    found: Mapping[str, tuple[str, Tensor]], architecture: Architecture, source: str, strict: bool = True,
+    left_out: Mapping[str, str] | None = None,
+) -> tuple[dict[str, Tensor], tuple[Key, ...]]:  # fmt: skip
+    """The state dict of the architecture from `found`, {our name: (their name, tensor)}, and what became of every key.
+
+    left_out: {their name: why} of tensors that the model does not need. FewstepError with a table when a key is missing,
+    left over or of another shape; with strict=False those of ours keep their initial values, and theirs are dropped.
+    """
+    own = architecture.build().state_dict()
+    tensors, keys, wrong = {}, [], []
+    for name, initial in own.items():
+        theirs, tensor = found.get(name, ("", initial))
+        if theirs and tensor.shape == initial.shape:
+            tensors[name] = tensor.detach().to(initial.dtype).contiguous()
+            keys.append(Key(theirs, name, tuple(tensor.shape)))
+            continue
+        tensors[name] = initial
+        remark = f"here {tuple(initial.shape)}" if theirs else "missing in the source"
+        wrong.append(Key(theirs, name, tuple(tensor.shape), f"{remark}: initial values"))
+    wrong += [
+        Key(theirs, "", tuple(tensor.shape), "unknown here: dropped")
+        for name, (theirs, tensor) in found.items()
+        if name not in own
+    ]
+    if wrong and strict:
+        raise FewstepError(
+            f"{source}: {len(wrong)} of {len(own)} tensors do not fit the network that it describes:\n{table(wrong[:SHOWN])}\n"
+            + (f"... and {len(wrong) - SHOWN} more\n" if len(wrong) > SHOWN else "")
+            + "give the whole file, or import what fits with --no-strict"
+        )
+    keys += [Key(theirs, "", (), why) for theirs, why in (left_out or {}).items()]
+    return tensors, (*keys, *wrong)
+
+
+def table(keys: list[Key]) -> str:
+    """Rows of text: theirs, ours, shape, remark."""
+    rows = [(key.theirs or "-", key.ours or "-", "x".join(map(str, key.shape)) or "1", key.remark) for key in keys]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)] if rows else []
+    return "\n".join(
+        "  " + "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows
+    )
