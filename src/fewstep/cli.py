@@ -17,7 +17,10 @@ from fewstep._version import __version__
 from fewstep.combine_cli import average, combine
 from fewstep.compare_cli import compare
 from fewstep.encode_cli import encode
+from fewstep.export_cli import export
+from fewstep.import_cli import import_
 from fewstep.inspect_cli import inspect
+from fewstep.serve_cli import serve
 
 
 def demo(
@@ -128,6 +131,7 @@ def evaluate(
     from fewstep.evaluation import evaluate as stream
     from fewstep.evaluation import search_second_sigma
     from fewstep.model import load, store_second_sigma
+    from fewstep.samplers import FewStep
     from fewstep.types import FewstepError
 
     counts = numbers(steps, "--steps")
@@ -142,7 +146,9 @@ def evaluate(
     make = generator(loaded, batch)
     if search_sigma:
         with ProgressLine("search of the second sigma", 13 * num) as line:
-            sigma, tried = search_second_sigma(make, real, features, num, tick=line.advance)
+            own = loaded.info.sampler(2)
+            assert isinstance(own, FewStep)
+            sigma, tried = search_second_sigma(make, real, features, num, tick=line.advance, like=own)
         loaded = store_second_sigma(loaded, sigma)
         say("\n".join(f"  sigma {s:8.4f}  fd {value:.4g}" for s, value in tried))
         say(f"second sigma {sigma}, stored in {loaded.path}")
@@ -219,7 +225,8 @@ def train(args: Sequence[str]) -> dict[str, Any] | None:
 
 VERBS: dict[str, Callable[..., Any]] = {
     "demo": demo, "inspect": inspect, "encode": encode, "train": train, "combine": combine, "average": average,
-    "sample": sample, "evaluate": evaluate, "compare": compare, "report": report, "doctor": doctor,
+    "sample": sample, "evaluate": evaluate, "compare": compare, "report": report, "import": import_, "export": export,
+    "serve": serve, "doctor": doctor,
 }  # fmt: skip
 
 

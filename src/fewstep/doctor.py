@@ -18,6 +18,8 @@ EXTRAS = {
     "transformers": ("dinov2", "FD with DINOv2 features"),
     "datasets": ("hf", "data sets by their Hugging Face name"),
     "tensorboard": ("tensorboard", "TensorBoard events beside log.jsonl"),
+    "onnxruntime": ("onnx", "fewstep export --to onnx"),
+    "gradio": ("serve", "fewstep serve"),
 }
 
 

@@ -172,6 +172,9 @@ class SecondStep:
     sigma: float
     kept: dict[range, Sample]
     """the first step's images by their numbers"""
+    clip: bool = False
+    sigma_min: float = 0.0
+    """both as FewStep's"""
     nfe = 2
 
     def __post_init__(self) -> None:
@@ -185,10 +188,12 @@ class SecondStep:
         assert isinstance(noise, Draws)
         x = self.kept.get(noise.indices)
         if x is None:
-            x = FewStep((SIGMA_MAX,))(denoiser, noise, label)
+            x = FewStep((SIGMA_MAX,), self.clip)(denoiser, noise, label)
             if noise.indices.stop * x[0].nbytes <= KEPT_BYTES:
                 self.kept[noise.indices] = x
-        return denoiser(x + self.sigma * noise(1), x.new_full((len(x),), self.sigma), label)
+        added = math.sqrt(max(self.sigma**2 - self.sigma_min**2, 0))
+        x = denoiser(x + added * noise(1), x.new_full((len(x),), self.sigma), label)
+        return x.clamp(-1, 1) if self.clip else x
 
 
 def search_second_sigma(
@@ -200,27 +205,29 @@ def search_second_sigma(
     high: float = 6.0,
     coarse: int = 9,
     tick: Tick | None = None,
+    like: FewStep | None = None,
 ) -> tuple[float, list[tuple[float, float]]]:
     """The second step's noise level (EDM sigma) of least Frechet distance, and every (sigma, distance) tried.
 
     A geometric grid from low to high, then its best interval halved twice on both sides; every candidate meets the same
-    noise, so their common first step is taken once. The distance is smooth in ln sigma and flat at its minimum (sLCT's own
-    search: 6.93 to 6.96 from 0.37 to 0.58).
+    noise, so their common first step is taken once. like: the model's own sampler. The distance is smooth in ln sigma and flat
+    at its minimum (sLCT's own search: 6.93 to 6.96 from 0.37 to 0.58).
     """
     tried: dict[float, float] = {}
     kept: dict[range, Sample] = {}
+    like = like or FewStep()
 
     def score(log_sigma: float) -> float:
         sigma = round(math.exp(log_sigma), 4)
         if sigma not in tried:
-            tried[sigma] = evaluate(
-                generator, SecondStep(sigma, kept), reference, extractor, num, (SEARCH_SEED,), ("fd",), tick=tick
-            )[0].value  # fmt: skip
+            step = SecondStep(sigma, kept, like.clip, like.sigma_min)
+            records = evaluate(generator, step, reference, extractor, num, (SEARCH_SEED,), ("fd",), tick=tick)
+            tried[sigma] = records[0].value
         return tried[sigma]
 
-    step = math.log(high / low) / (coarse - 1)
-    best = min((math.log(low) + step * k for k in range(coarse)), key=score)
+    gap = math.log(high / low) / (coarse - 1)
+    best = min((math.log(low) + gap * k for k in range(coarse)), key=score)
     for _ in range(2):
-        step /= 2
-        best = min((best, best - step, best + step), key=score)
+        gap /= 2
+        best = min((best, best - gap, best + gap), key=score)
     return round(math.exp(best), 4), sorted(tried.items())

@@ -8,12 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fewstep import codec
+from fewstep import codec, hub
 from fewstep.data import Images, LatentSpace
 from fewstep.files import read_json
 from fewstep.networks import Architecture, Preconditioned
 from fewstep.samplers import SECOND_SIGMA, DPMSolver, Heun, Sampler, few_step
 from fewstep.snapshots import format as snapshot
+from fewstep.snapshots import read_checkpoint
 from fewstep.types import FewstepError
 
 Kind = Literal["diffusion", "consistency"]
@@ -42,6 +43,10 @@ class ModelInfo:
     """EDM noise level of the second step; a search on this model replaces the papers' value"""
     initialised_from: str = ""
     """SHA-256 of the weights that training started from"""
+    clip_denoised: bool = False
+    """sampled with every estimate of the clean image clamped to [-1, 1] (OpenAI's consistency models)"""
+    lineage: tuple[str, ...] = ()
+    """where its weights come from and under which licence, for every foreign model that it descends from"""
     best: dict[str, Any] = field(default_factory=dict)
     """the stamped record that made these weights a run's best, if they are"""
     latents: LatentSpace | None = None
@@ -68,7 +73,7 @@ class ModelInfo:
             raise FewstepError(f"unknown solver {solver!r}: use {' or '.join(SOLVERS)}")
         if self.kind == "diffusion":
             return SOLVERS[solver or "heun"].karras(steps)
-        return few_step(steps, self.second_sigma)
+        return few_step(steps, self.second_sigma, self.clip_denoised, self.architecture.sigma_min)
 
     def label(self, name: str | int | None) -> int | None:
         """The number of a class given by number or name; FewstepError when the model has no such class."""
@@ -122,12 +127,18 @@ def read_info(header: Mapping[str, Any], path: Path) -> ModelInfo:
 
 def load(path: str | Path, device: torch.device | str = "cpu", trainable: bool = False) -> Model:
     """The model of a run directory (RUN: its best, else its first average, else the last weights; RUN:ema-0.999 or
-    RUN:online by name), of a search's folder, or of a snapshot file; trainable: in training mode, with gradients.
+    RUN:online by name), of a search's folder, of a snapshot file, or other people's: an EDM, ECT, TCM or EDM2 pickle, a
+    diffusers folder or hub name, OpenAI's .pt, FastGen's .pth. trainable: in training mode, with gradients.
 
     FewstepError for anything unreadable.
     """
     file = find(path)
-    stored = snapshot.read(file)
+    stored = snapshot.read(file) if file.suffix == ".safetensors" or not file.exists() else read_checkpoint(file)
+    if not stored.header:
+        raise FewstepError(
+            f"{file} does not say what network its weights are of: give a snapshot of fewstep's, a diffusers pipeline's folder "
+            "with its scheduler, an EDM pickle, or OpenAI's or FastGen's archive"
+        )
     info = read_info(stored.header, file)
     denoiser = info.architecture.build()
     load_weights(denoiser, stored.tensors, str(file))
@@ -157,9 +168,11 @@ def find(path: str | Path) -> Path:
     """The snapshot file that a MODEL argument means."""
     text = str(path)
     base, _, name = text.rpartition(":") if not Path(text).exists() and ":" in text else (text, "", "")
-    folder = Path(base)
+    folder = Path(base) if name else hub.resolve(base)
     if not folder.is_dir():
         return folder if not name else Path(text)
+    if not name and any((folder / file).is_file() for file in ("model_index.json", "config.json")):
+        return folder  # of diffusers
     averages, snapshots = folder / "averages", sorted((folder / "snapshots").glob("*.safetensors"))
     named = in_order(sorted(averages.glob("*.safetensors")), folder / "recipe.json")
     if name == "online" and snapshots:
@@ -167,7 +180,13 @@ def find(path: str | Path) -> Path:
     candidates = (
         [averages / f"{name}.safetensors"]
         if name
-        else [folder / "combined.safetensors", averages / "best.safetensors", *named, *snapshots[-1:]]
+        else [
+            folder / "model.safetensors",  # of `fewstep import`
+            folder / "combined.safetensors",
+            averages / "best.safetensors",
+            *named,
+            *snapshots[-1:],
+        ]
     )
     for candidate in candidates:
         if candidate.exists():

@@ -69,9 +69,9 @@ def train(
     try:
         needed = recipe.disk_bytes(sum(t.numel() for t in state.model.state_dict().values()))
         distributed.on_first_rank(lambda: run.claim(str(place), recipe, resume, overwrite, needed))
-        seconds, origin = 0.0, init.sha256 if init else ""
+        seconds, origin, lineage = 0.0, init.sha256 if init else "", init.info.lineage if init else ()
         if resume:
-            seconds, began_from = run.load_state(state, images.fingerprint)
+            seconds, began_from, lineage = run.load_state(state, images.fingerprint)
             if init and began_from != origin:
                 raise FewstepError(f"{run.path} did not begin with {init.path}: leave out --init to resume it")
             origin = began_from
@@ -82,7 +82,7 @@ def train(
             else:
                 if recipe.teacher and init:
                     save_model(run.teacher_file, init.denoiser.state_dict(), init.info)
-                run.save_state(state, seconds, origin, images.fingerprint)
+                run.save_state(state, seconds, origin, images.fingerprint, lineage)
         distributed.barrier()
         teacher = load(run.teacher_file, place).denoiser if recipe.teacher else None
         if recipe.compile:
@@ -90,7 +90,7 @@ def train(
         info = ModelInfo(
             architecture, recipe.kind, recipe=recipe.name, data=images.name, heldout=recipe.data.heldout,
             data_fingerprint=images.fingerprint, class_names=images.class_names, second_sigma=recipe.second_sigma,
-            initialised_from=origin, latents=images.space,
+            initialised_from=origin, latents=images.space, lineage=lineage,
         )  # fmt: skip
         with float32_precision(recipe.precision):
             Keeper(run, recipe, state, info, judge, seconds, quiet).train(shown, teacher)
@@ -213,7 +213,9 @@ class Keeper:
                 info = replace(self.info, nimg=self.state.nimg, weights=name)
                 save_model(self.run.average_file(name), self.state.weights(name), info)
             seconds = time.monotonic() - self.clock
-            self.run.save_state(self.state, seconds, self.info.initialised_from, self.info.data_fingerprint)
+            self.run.save_state(
+                self.state, seconds, self.info.initialised_from, self.info.data_fingerprint, self.info.lineage
+            )
             self.run.thin(self.recipe.snapshot_keep)
         distributed.barrier()
 

@@ -172,10 +172,13 @@ class RunDir:
             )
         return asked
 
-    def save_state(self, state: TrainState, seconds: float, origin: str, data: str) -> None:
+    def save_state(
+        self, state: TrainState, seconds: float, origin: str, data: str, lineage: tuple[str, ...] = ()
+    ) -> None:
         """The one training state, replacing the older one only when it is whole.
 
-        origin: the hash of the weights that training began with; data: the fingerprint of all the images.
+        origin: the hash of the weights that training began with; data: the fingerprint of all the images; lineage: of the
+        model that it began with.
         """
         header = {
             "nimg": state.nimg,
@@ -183,6 +186,7 @@ class RunDir:
             "seconds": seconds,
             "initialised_from": origin,
             "data": data,
+            "lineage": list(lineage),
         }
         snapshot.write(self.state_file, state.tensors(), {"state": header})
 
@@ -194,8 +198,9 @@ class RunDir:
             )
         return snapshot.read_header(self.state_file)["state"]
 
-    def load_state(self, state: TrainState, data: str) -> tuple[float, str]:
-        """Continue from the saved training state; returns the seconds trained and the hash of the weights it began with."""
+    def load_state(self, state: TrainState, data: str) -> tuple[float, str, tuple[str, ...]]:
+        """Continue from the saved training state; returns the seconds trained, the hash of the weights it began with, and
+        their lineage."""
         if self.progress()["data"] != data:
             raise FewstepError(
                 f"the data are not those that {self.path} was begun with (other images, names or labels): restore them, "
@@ -208,7 +213,7 @@ class RunDir:
         state.load_tensors(stored.tensors)
         saved = stored.header["state"]
         state.nimg, state.skipped = saved["nimg"], saved["skipped"]
-        return float(saved["seconds"]), saved["initialised_from"]
+        return float(saved["seconds"]), saved["initialised_from"], tuple(saved.get("lineage", ()))
 
     def forget_after(self, nimg: int) -> None:
         """Drop rows and files beyond the resumed state: they will be made again, the same."""

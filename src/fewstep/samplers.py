@@ -31,13 +31,15 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class FewStep:
-    """Consistency sampling: x = D(sigma_0 z_0, sigma_0), then x = D(x + sigma_k z_k, sigma_k) (arXiv:2303.01469, alg. 1).
-
-    The paper's sqrt(sigma_k^2 - sigma_min^2) is sigma_k here, for the boundary lies at sigma = 0 (ECT).
-    """
+    """Consistency sampling: x = D(sigma_0 z_0, sigma_0), then x = D(x + sqrt(sigma_k^2 - sigma_min^2) z_k, sigma_k)
+    (arXiv:2303.01469, alg. 1)."""
 
     sigmas: tuple[float, ...] = (SIGMA_MAX, SECOND_SIGMA)
     """EDM noise levels, decreasing; one step each"""
+    clip: bool = False
+    """clamp every D to [-1, 1], as OpenAI's consistency models are sampled"""
+    sigma_min: float = 0.0
+    """where D(x, sigma_min) = x: 0 (ECT), or the shifted boundary of CT, CD and iCT"""
 
     def __post_init__(self) -> None:
         check_sigmas(self.sigmas)
@@ -49,7 +51,9 @@ class FewStep:
     def __call__(self, denoiser: Denoiser, noise: Noise, label: Labels = None, /) -> Sample:
         x = torch.zeros_like(noise(0))
         for k, sigma in enumerate(self.sigmas):
-            x = denoiser(x + sigma * noise(k), x.new_full((len(x),), sigma), label)
+            added = math.sqrt(max(sigma**2 - self.sigma_min**2, 0)) if k else sigma
+            x = denoiser(x + added * noise(k), x.new_full((len(x),), sigma), label)
+            x = x.clamp(-1, 1) if self.clip else x
         return x
 
 
@@ -112,11 +116,11 @@ class DPMSolver(Levels):
         return denoiser(x, x.new_full((len(x),), self.sigmas[-1]), label)
 
 
-def few_step(steps: int, second_sigma: float = SECOND_SIGMA) -> FewStep:
+def few_step(steps: int, second_sigma: float = SECOND_SIGMA, clip: bool = False, sigma_min: float = 0.0) -> FewStep:
     """Consistency sampling in `steps` steps: 80, then geometrically from 80 to second_sigma, which is the last of them."""
     if steps < 1:
         raise FewstepError(f"--steps must be 1 or more, got {steps}")
     check_sigmas((SIGMA_MAX, second_sigma))
     ratio = math.log(second_sigma / SIGMA_MAX) / max(steps - 1, 1)
     inner = [SIGMA_MAX * math.exp(ratio * k) for k in range(steps - 1)]
-    return FewStep((SIGMA_MAX,) if steps == 1 else (*inner, second_sigma))
+    return FewStep((SIGMA_MAX,) if steps == 1 else (*inner, second_sigma), clip, sigma_min)

@@ -1,11 +1,12 @@
 """A model of other people as one of ours: its tensors under our names, and what became of every key."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import Tensor
 
+from fewstep import codec
 from fewstep.networks import Architecture
 from fewstep.types import FewstepError
 
@@ -48,6 +49,19 @@ class Foreign:
     class_names: tuple[str, ...] = ()
     nimg: int = 0
     """images seen in training, 0 where it is not told"""
+    vae: str = ""
+    """folder of the AutoencoderKL whose latents, times its scaling factor, it makes"""
+    described: dict[str, Any] = field(default_factory=dict)
+    """of our own exports: the model's description as it stands in a snapshot's header"""
+
+    def header(self) -> dict[str, Any]:
+        """The description as a snapshot's header has it."""
+        told = {
+            "architecture": codec.encode(self.architecture), "kind": self.kind, "weights": "imported",
+            "class_names": list(self.class_names), "clip_denoised": self.clip_denoised, "lineage": list(self.lineage),
+        }  # fmt: skip
+        rest = {"second_sigma": self.second_sigma, "nimg": self.nimg}
+        return {"model": self.described or told | {name: value for name, value in rest.items() if value}}
 
 
 def fit(

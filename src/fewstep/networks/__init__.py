@@ -13,6 +13,7 @@ from fewstep.networks.norms import Norm
 from fewstep.networks.preconditioning import Preconditioned, coefficients
 from fewstep.networks.protocol import Network
 from fewstep.networks.splice import Spliced, inherited
+from fewstep.networks.stock import Stock
 from fewstep.networks.unet import UNet
 from fewstep.noise import dropout_stream, philox
 from fewstep.types import FewstepError
@@ -28,13 +29,14 @@ __all__ = [
     "Norm",
     "Preconditioned",
     "Spliced",
+    "Stock",
     "UNet",
     "coefficients",
     "inherited",
     "named",
 ]
 
-AnyNetwork: TypeAlias = UNet | EDMUNet | DiT | MLP | Spliced
+AnyNetwork: TypeAlias = UNet | EDMUNet | DiT | MLP | Spliced | Stock
 
 NAMED: dict[str, Callable[[], Network]] = {
     "unet": UNet,

@@ -41,6 +41,8 @@ class UNet:
     time_scale: float = 1000.0
     """what c_noise is multiplied by before the time embedding: 1000 for the consistency models' and diffusers' networks, 1
     for EDM's ADM. Only with 1000 is the network a stock UNet2DModel"""
+    middle_norm: bool = False
+    """a norm in front of the innermost attention: ADM has it, UNet2DModel leaves it out unless told"""
     norm: Norm = "group"
     """what stands in the place of every group norm; nonscaling-layer is sLCT's, for latents. Only with group is the network
     a stock UNet2DModel"""
@@ -100,6 +102,7 @@ class _UNet(nn.Module):
             resnet_time_scale_shift="scale_shift",
             attention_head_dim=config.head_dim,
             norm_num_groups=config.norm_groups,
+            attn_norm_num_groups=config.norm_groups if config.middle_norm else None,
             norm_eps=1e-5,
             dropout=config.dropout,
             time_embedding_type="positional",
@@ -139,9 +142,7 @@ def cut_time_frequencies(unet: Any) -> None:
     network's two times of a pair look unrelated to each other.
     """
     projection, linear = unet.time_proj, unet.time_embedding.linear_1
-    half = linear.in_features // 2
-    rate = math.log(10000) / (half - projection.downscale_freq_shift)
-    slow = [math.exp(-rate * i) <= LOW_FREQUENCY for i in range(half)] * 2  # the sine and the cosine of each
+    slow = slow_columns(linear.in_features, projection.downscale_freq_shift)
     if not any(slow):
         raise FewstepError(
             "the network is too narrow for --network.low-frequency-time: give 8 --network.channels or more"
@@ -151,3 +152,10 @@ def cut_time_frequencies(unet: Any) -> None:
     with torch.no_grad():  # the remaining inputs keep the variance of all of them
         linear.weight.mul_(mask * math.sqrt(len(slow) / sum(slow)))
     linear.weight.register_hook(lambda gradient: gradient * unet.time_mask)
+
+
+def slow_columns(width: int, freq_shift: float | int = 0) -> list[bool]:
+    """Of each input of the time embedding, first all sines, then all cosines: whether low_frequency_time keeps it."""
+    half = width // 2
+    rate = math.log(10000) / (half - freq_shift)
+    return [math.exp(-rate * i) <= LOW_FREQUENCY for i in range(half)] * 2

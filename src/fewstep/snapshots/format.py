@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.files import atomic_write
+from fewstep.hub import mapped
 from fewstep.types import FewstepError
 
 FORMAT = "fewstep/1"
@@ -84,19 +85,10 @@ def stamped(header: Mapping[str, Any]) -> str:
     return f"{hashlib.sha256(text.encode()).hexdigest()} {text}"
 
 
-def mapped(path: Path, remedy: str = REMEDY) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, unchecked: private memory maps, read from the disk where they are used."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise FewstepError(f"{path} is truncated or damaged ({error}): {remedy}") from None
-
-
 def read(path: Path) -> Stored:
     """The whole file, checked against its checksums, on the CPU."""
     header = read_header(path)
-    tensors = mapped(path)
+    tensors = mapped(path, REMEDY)
     digest = weights_hash(tensors)
     if digest != header["weights_sha256"]:
         raise FewstepError(f"{path} is damaged (its weights do not match their checksum): {REMEDY}")
