@@ -215,7 +215,10 @@ def test_cifar10_networks_are_the_papers():
     widths = {"s": 192, "m": 256, "l": 320, "xl": 384}
     for size, channels in widths.items():
         network = recipes.recipe("ect", f"imagenet64-{size}").network
-        assert (network.channels, network.multipliers, network.layers) == (channels, (1, 2, 3, 4), 3)
+        shape = (network.channels, network.multipliers, network.blocks, network.attention)
+        assert shape == (channels, (1, 2, 3, 4), 3, (16, 8))
+    arch = Architecture(recipes.recipe("ect", "imagenet64-s").network, (3, 64, 64), 1000)
+    assert round(sum(p.numel() for p in arch.skeleton().parameters()) / 1e6) == 280  # EDM2-S
 
 
 @pytest.mark.parametrize("preset", ["default", "cifar10"])

@@ -27,14 +27,16 @@ SHOWN: Final = 512  # images of --data that are denoised
 
 def import_model(
     source: str | Path, out: str | Path, *, kind: Literal["diffusion", "consistency"] | None = None, strict: bool = True,
-    data: str | DataSpec = "", look: bool = True, device: str = "auto", overwrite: bool = False, quiet: bool = False,
+    resolution: int | None = None, data: str | DataSpec = "", look: bool = True, device: str = "auto",
+    overwrite: bool = False, quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Read an EDM, ECT, TCM or EDM2 pickle, a diffusers pipeline (folder or hub name), OpenAI's .pt or FastGen's .pth into
     the folder `out`, which is then a MODEL anywhere.
 
     Writes OUT/model.safetensors, import.json (what became of every key, notes, lineage, the check) and check.png (16 images
-    by the model's own sampler). data: images whose denoising loss is measured; none: the model's own samples. look=False:
-    neither picture nor loss. Returns what import.json holds. FewstepError for whatever cannot be read safely and exactly.
+    by the model's own sampler). resolution: pixels along a side, where an archive does not tell it. data: images whose
+    denoising loss is measured; none: the model's own samples. look=False: neither picture nor loss. Returns what import.json
+    holds. FewstepError for whatever cannot be read safely and exactly.
     """
     place, out = pick_device(device), Path(out)
     if (out / WEIGHTS).exists() and not overwrite:
@@ -44,7 +46,7 @@ def import_model(
     path = hub.resolve(source)
     if not path.exists():
         raise FewstepError(f"{source} does not exist: give a .pkl, .pt or .pth file, a diffusers folder or a hub name")
-    foreign = hub.read(path, strict, kind)
+    foreign = hub.read(path, strict, kind, resolution)
     if foreign is None:
         raise FewstepError(
             f"{source} does not say what its weights predict: give a whole diffusers pipeline (with model_index.json and its "

@@ -116,7 +116,7 @@ class TrainOptions:
     without: tuple[str, ...] = ()
     """parts of a method to leave out, for ablations: see the recipe's page (slct: cauchy denoising ot adaptive-c nsln)"""
     network: str | None = None
-    """unet, ddpm++, ncsn++, dit-s, dit-b, dit-l or dit-xl in place of the preset's; then --network.FIELD changes it"""
+    """unet, ddpm++, ncsn++, edm2-xs, -s, -m, -l, dit-s, -b, -l, -xl in place; then --network.FIELD"""
     coupling: str | None = None
     """which noise goes with which image: independent or ot; then --objective.coupling.FIELD"""
     distance: str | None = None

@@ -7,11 +7,17 @@ from fewstep.hub.foreign import Foreign
 from fewstep.hub.weights import ARCHIVES
 
 
-def read(path: Path, strict: bool = True, kind: Literal["diffusion", "consistency"] | None = None) -> Foreign | None:
+def read(
+    path: Path,
+    strict: bool = True,
+    kind: Literal["diffusion", "consistency"] | None = None,
+    resolution: int | None = None,
+) -> Foreign | None:
     """The model in a pickle of EDM, ECT, TCM or EDM2, a diffusers folder, OpenAI's .pt or FastGen's .pth.
 
-    None for weights that do not say what network they are of. kind: where the file does not tell it, or to overrule it.
-    FewstepError for what is dangerous, damaged, of an unknown family, or (strict) does not fit to the last key.
+    None for weights that do not say what network they are of. kind: where the file does not tell it, or to overrule it;
+    resolution: of archives that do not tell it. FewstepError for what is dangerous, damaged, of an unknown family, or
+    (strict) does not fit to the last key.
     """
     if path.is_dir():
         from fewstep.hub.folders import read_folder
@@ -24,5 +30,5 @@ def read(path: Path, strict: bool = True, kind: Literal["diffusion", "consistenc
     if path.suffix in ARCHIVES:
         from fewstep.hub.archives import read_archive
 
-        return read_archive(path, strict, kind)
+        return read_archive(path, strict, kind, resolution)
     return None

@@ -7,6 +7,7 @@ from typing import TypeAlias
 import torch
 
 from fewstep.networks.dit import DiT
+from fewstep.networks.edm2_unet import EDM2UNet
 from fewstep.networks.edm_unet import EDMUNet
 from fewstep.networks.mlp import MLP
 from fewstep.networks.norms import Norm
@@ -24,6 +25,7 @@ __all__ = [
     "AnyNetwork",
     "Architecture",
     "DiT",
+    "EDM2UNet",
     "EDMUNet",
     "Network",
     "Norm",
@@ -36,12 +38,16 @@ __all__ = [
     "named",
 ]
 
-AnyNetwork: TypeAlias = UNet | EDMUNet | DiT | MLP | Spliced | Stock
+AnyNetwork: TypeAlias = UNet | EDMUNet | EDM2UNet | DiT | MLP | Spliced | Stock
 
 NAMED: dict[str, Callable[[], Network]] = {
     "unet": UNet,
     "ddpm++": EDMUNet,
     "ncsn++": lambda: EDMUNet(style="ncsn++"),
+    "edm2-xs": lambda: EDM2UNet(channels=128),
+    "edm2-s": EDM2UNet,
+    "edm2-m": lambda: EDM2UNet(channels=256),
+    "edm2-l": lambda: EDM2UNet(channels=320),
     "dit-s": DiT,
     "dit-b": lambda: DiT(width=768, depth=12, heads=12),
     "dit-l": lambda: DiT(width=1024, depth=24, heads=16),
