@@ -16,11 +16,11 @@ import fewstep.component  # noqa: F401  (diffusers loads only what is imported)
 from fewstep import load
 from fewstep.cli import main
 from fewstep.data import LatentSpace
-from fewstep.export import export, form_of, grid_of
+from fewstep.exporting import export, form_of, grid_of
 from fewstep.latents import load_vae
 from fewstep.model import Model, ModelInfo, save_model
-from fewstep.networks import MLP, Architecture, DiT, EDMUNet, Spliced, Stock, UNet
-from fewstep.networks.stock import Scaled
+from fewstep.networks import MLP, Architecture, DiT, EDM2UNet, EDMUNet, Spliced, Stock, UNet
+from fewstep.networks.stock import Flow, Scaled, VariancePreserving
 from fewstep.samplers import FewStep, Heun
 from fewstep.types import FewstepError
 
@@ -30,6 +30,10 @@ PLAIN = json.dumps({
     "sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": [8, 16], "norm_num_groups": 4,
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
     "layers_per_block": 1, "attention_head_dim": 4,
+})  # fmt: skip
+TOKENS = json.dumps({
+    "sample_size": 8, "in_channels": 4, "out_channels": 8, "num_attention_heads": 2, "attention_head_dim": 8,
+    "num_layers": 1, "num_embeds_ada_norm": 10, "norm_num_groups": 4,
 })  # fmt: skip
 FAMILIES: dict[str, Architecture] = {
     "unet": Architecture(SMALL, (3, 8, 8)),
@@ -41,7 +45,12 @@ FAMILIES: dict[str, Architecture] = {
     "ncsn++": Architecture(replace(EDM_SMALL, style="ncsn++"), (3, 8, 8)),
     "dit": Architecture(DiT(width=32, depth=2, heads=2), (3, 8, 8), 10),
     "truncated": Architecture(Spliced(SMALL, 1.0), (3, 8, 8)),
+    "edm2": Architecture(EDM2UNet(16, (1, 2), blocks=1, attention=(4,), head_dim=8), (3, 8, 8), 10),
     "a network of diffusers": Architecture(Stock("UNet2DModel", PLAIN, Scaled()), (3, 8, 8)),
+    "tuned from a ddpm": Architecture(
+        Stock("UNet2DModel", PLAIN, VariancePreserving("v_prediction")), (3, 8, 8), 0, 1.0
+    ),
+    "tuned from a dit": Architecture(Stock("DiTTransformer2DModel", TOKENS, Flow()), (4, 8, 8), 10, 1.0),
 }
 STOCK = {"unet", "unet, classes", "unet, shifted boundary", "a network of diffusers"}
 
@@ -330,7 +339,7 @@ def test_nothing_is_overwritten_by_accident_and_nothing_half_written(tmp_path, m
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("fewstep.export.draw", full)
+        patched.setattr("fewstep.exporting.draw", full)
         with pytest.raises(FewstepError, match="was not written"):
             export(model, tmp_path / "out", overwrite=True)
     after = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")

@@ -21,6 +21,9 @@ import pytest
 import torch
 
 from edm_reference import Persistent, denoised, dumps, old_format, precond, storage_bytes, weights
+from fewstep import load
+from fewstep.api import average
+from fewstep.cli import main
 from fewstep.hub.edm import read_edm
 from fewstep.hub.unpickle import Array, Module, read_pickle
 from fewstep.networks import EDMUNet, UNet
@@ -233,6 +236,24 @@ def test_an_adm_that_diffusers_cannot_express_is_refused(kwargs, tmp_path):
     model = precond({}, WIDE | kwargs, model="DhariwalUNet")
     with pytest.raises(FewstepError, match=r"in steps of 64|predicts 6 channels from 3"):
         read_edm(written(tmp_path, {"ema": model}))
+
+
+def test_pickles_are_loaded_combined_and_started_from_directly(tmp_path, capsys):
+    states = [weights(False, SMALL), {name: 3 * t for name, t in weights(False, SMALL).items()}]
+    for i, state in enumerate(states):
+        (tmp_path / f"network-snapshot-{i:06d}.pkl").write_bytes(dumps({"ema": precond(state, SMALL)}))
+    told = average([tmp_path], "uniform", tmp_path / "mean.safetensors")  # a folder of pickles, in order
+    assert told["snapshots"] == 2
+    mean, (first, *_) = load(tmp_path / "mean.safetensors"), states
+    for name, tensor in first.items():
+        if tensor.is_floating_point() and not name.endswith("resample_filter"):
+            ours = mean.denoiser.state_dict()[f"network.{name.removeprefix('model.')}"]
+            assert torch.allclose(ours, 2 * tensor.float(), atol=1e-6), name
+    assert "CC BY-NC-SA" in mean.info.lineage[0]  # which every combination keeps
+    start = str(tmp_path / "network-snapshot-000000.pkl")
+    assert main(["train", "ect", "--preset", "cifar10-1hour", "--init", start, "--dry-run"]) == 0
+    assert load(start).info.kind == "diffusion"
+    capsys.readouterr()
 
 
 def test_edm2_goes_to_its_own_reader(tmp_path, monkeypatch):

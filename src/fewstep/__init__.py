@@ -6,6 +6,8 @@ images = fewstep.sample(model, steps=2, num=64, seed=0)    # uint8 [64, C, H, W]
 losses = fewstep.loss(model, fewstep.get_recipe("ect").objective, x, labels)
 records = fewstep.evaluate(model, "digits", steps=1)       # stamped numbers
 result = fewstep.combine("runs/ect", "runs/lcsc", steps=1) # LCSC over the run's snapshots
+told = fewstep.import_model("edm.pkl", "models/edm")       # other people's models; load() takes them, too
+told = fewstep.export("runs/ect", "out", to="diffusers")   # a folder for stock diffusers, with a model card
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,17 +16,20 @@ from fewstep._version import __version__
 
 if TYPE_CHECKING:
     from fewstep.api import Function, Plan, average, combine, evaluate, get_recipe, loss, sample, train
+    from fewstep.exporting import export
+    from fewstep.importing import import_model
     from fewstep.model import Model, load
     from fewstep.types import Denoiser, FewstepError
 
 __all__ = [
     "Denoiser", "FewstepError", "Function", "Model", "Plan", "__version__", "average", "combine", "evaluate",
-    "get_recipe", "load", "loss", "sample", "train",
+    "export", "get_recipe", "import_model", "load", "loss", "sample", "train",
 ]  # fmt: skip
 
 _HOMES = {
     "Denoiser": "types", "FewstepError": "types", "Model": "model", "load": "model",
     "Function": "api", "Plan": "api", "average": "api", "combine": "api", "evaluate": "api", "get_recipe": "api",
+    "export": "exporting", "import_model": "importing",
     "loss": "api", "sample": "api", "train": "api",
 }  # fmt: skip
 

@@ -27,7 +27,7 @@ def export(
         private: A repository made by --push-to-hub is private (--no-private: public).
         overwrite: Replace an earlier export in OUT.
     """
-    from fewstep.export import export as carry_out
+    from fewstep.exporting import export as carry_out
 
     return carry_out(
         model, out, to, records=records, licence=licence, title=title, push_to_hub=push_to_hub, private=private,
