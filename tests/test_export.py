@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,11 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import fewstep.component  # noqa: F401  (diffusers loads only what is imported)
+import fewstep
+import fewstep.component  # (diffusers loads only what is imported)
 from fewstep import load
 from fewstep.cli import main
 from fewstep.data import LatentSpace
 from fewstep.exporting import export, form_of, grid_of
+from fewstep.importing import import_model
 from fewstep.latents import load_vae
 from fewstep.model import Model, ModelInfo, save_model
 from fewstep.networks import MLP, Architecture, DiT, EDM2UNet, EDMUNet, Spliced, Stock, UNet
@@ -59,7 +62,7 @@ def model_of(arch: Architecture, path: Path, scale: float = 0.05, **told) -> Mod
     """A snapshot with weights that all matter, loaded."""
     denoiser, g = arch.build(), torch.Generator().manual_seed(1)
     tensors = {
-        name: t + scale * torch.randn(t.shape, generator=g) * (t.ndim > 0) if t.is_floating_point() else t
+        name: t + scale * torch.randn(t.shape, generator=g) if t.is_floating_point() else t
         for name, t in denoiser.state_dict().items()
     }
     for name, t in tensors.items():  # what low_frequency_time keeps at zero stays there
@@ -108,6 +111,9 @@ def test_stock_diffusers_makes_our_samples_and_the_folder_comes_back(family, tmp
     home = load(tmp_path / "out")
     assert home.sha256 == model.sha256
     assert replace(home.info, best={}) == replace(model.info, best={})
+    (x,), label = draws((4, *arch.shape), 1), torch.arange(4) if labels else None
+    c_skip = arch.sigma_data**2 / ((1 - arch.sigma_min) ** 2 + arch.sigma_data**2)
+    assert float((model(x, torch.ones(4), label) - c_skip * x).abs().max()) > 1e-3  # the network says something
 
 
 def test_the_stock_unet_is_exact_to_the_bit_in_one_step(tmp_path):
@@ -183,6 +189,26 @@ def vae(tmp_path_factory) -> str:
     return str(path)
 
 
+def test_a_latent_models_vae_comes_along_and_no_path_of_this_machine(vae, tmp_path):
+    from diffusers import LDMPipeline
+
+    for count, pipeline in ((4, "LDMPipeline"), (256, "FewstepPipeline")):
+        here = tmp_path / f"vae-{count}"
+        shutil.copytree(vae, here)
+        model = model_of(Architecture(SMALL, (4, 8, 8)), tmp_path / "m.safetensors", latents=space_of(str(here), count))
+        out = tmp_path / f"out-{count}"
+        assert export(model, out)["pipeline"] == pipeline
+        expected = fewstep.sample(model, steps=2, num=3)
+        here.rename(tmp_path / f"gone-{count}")
+        out.rename(tmp_path / f"elsewhere-{count}")
+        out = tmp_path / f"elsewhere-{count}"
+        assert str(tmp_path) not in (out / "fewstep.json").read_text() + (out / "README.md").read_text()
+        assert torch.equal(fewstep.sample(load(out), steps=2, num=3), expected)
+        told = import_model(out, tmp_path / f"back-{count}")
+        assert told["picture"]
+    assert len(quiet(LDMPipeline.from_pretrained(tmp_path / "elsewhere-4"))(2, num_inference_steps=1).images) == 2
+
+
 def space_of(vae: str, count: int, channels: int = 3) -> LatentSpace:
     g = torch.Generator().manual_seed(2)
     mean, std = torch.randn(count, generator=g), 1 + torch.rand(count, generator=g)
@@ -211,7 +237,9 @@ def test_latents_with_statistics_of_channels_are_a_stock_pipeline(vae, tmp_path)
         expected = to_unit(load_vae(vae).decode(space.denormalise(x))).permute(0, 2, 3, 1)
         assert float((torch.from_numpy(images) - expected).abs().max()) <= 1e-5, steps
     home = load(tmp_path / "out")
-    assert (home.sha256, home.info.latents) == (model.sha256, space)
+    assert home.sha256 == model.sha256
+    assert home.info.latents.same_as(space)
+    assert home.info.latents.vae == str((tmp_path / "out" / "vae").resolve())
 
 
 @pytest.mark.parametrize(("classes", "count", "channels"), [(10, 4, 3), (0, 256, 3), (0, 4, 1)])
@@ -344,7 +372,13 @@ def test_nothing_is_overwritten_by_accident_and_nothing_half_written(tmp_path, m
             export(model, tmp_path / "out", overwrite=True)
     after = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
-    export(model, tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / ".git").mkdir()  # of a cloned repository of the hub
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    export(model, tmp_path / "link", overwrite=True)
+    assert (tmp_path / "out" / ".git").is_dir()
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    (tmp_path / "link").unlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.safetensors", "mine", "out"]
 
 
@@ -423,6 +457,19 @@ def test_onnx_makes_the_same_images(family, tmp_path):
     assert float((torch.from_numpy(image) - x).abs().max()) <= 1e-4
     with pytest.raises(FewstepError, match="exists"):
         export(model, tmp_path / "one.onnx", to="onnx")
+
+
+@pytest.mark.parametrize(("family", "told"), [("truncated", {}), ("unet", {"clip_denoised": True})])
+def test_onnx_of_models_with_two_halves_or_clipping(family, told, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = model_of(FAMILIES[family], tmp_path / "m.safetensors", 0.3, **told)
+    export(model, tmp_path / "one.onnx", to="onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "one.onnx"), providers=["CPUExecutionProvider"])
+    (noise,) = draws((5, 3, 8, 8), 1)
+    (image,) = session.run(["image"], {"noise": noise.numpy()})
+    x = model.info.sampler(1)(model, lambda k: noise)
+    assert float((torch.from_numpy(image) - x).abs().max()) <= 1e-4
+    assert (float(x.abs().max()) <= 1) == bool(told)
 
 
 def test_onnx_is_for_one_step_generators(tmp_path):

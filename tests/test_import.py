@@ -13,10 +13,13 @@ from torch import Tensor
 
 from fewstep import hub, load
 from fewstep.cli import main
+from fewstep.data import DataSpec, open_images
+from fewstep.encoding import Encoding, encode
 from fewstep.evaluation import Generator
 from fewstep.files import read_json
 from fewstep.importing import import_model
-from fewstep.model import Model, ModelInfo, save_model
+from fewstep.latents import load_vae
+from fewstep.model import Model, ModelInfo, check_latents, save_model
 from fewstep.networks import Architecture, Preconditioned, Stock, UNet
 from fewstep.networks.stock import Flow, Scaled, VariancePreserving, log_sigmas
 from fewstep.recipe import Evaluation
@@ -340,9 +343,34 @@ def test_the_latents_of_a_pipelines_vae_are_known(tmp_path):
     (folder / "model_index.json").write_text(json.dumps(index))
     import_model(folder, tmp_path / "out", look=False)
     space = load(tmp_path / "out").info.latents
+    assert load(folder).info.latents == space == replace(space, vae_sha256=load_vae(str(folder / "vae")).sha256)
     assert (space.resolution, space.shape, space.sigma_data) == (16, (4, 8, 8), 1.0)
     z = tensor_of(0, 2, 4, 8, 8)
     assert torch.allclose(space.normalise(z), 0.2 * z, atol=1e-6)  # as diffusers scales them
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3)).astype(np.uint8)
+    np.savez(tmp_path / "pictures.npz", images=pixels, labels=np.arange(12) % 10)
+    told = {"vae": str(folder / "vae"), "encoding": Encoding(flip=False)}
+    encode(
+        DataSpec(str(tmp_path / "pictures.npz"), resolution=16),
+        tmp_path / "z",
+        **told,
+        statistics=str(tmp_path / "out"),
+    )
+    images = open_images(DataSpec(str(tmp_path / "z")))  # on the model's scale, whatever these data's is
+    check_latents(images, 1.0, load(folder).info)
+    assert images.space.same_as(space)
+    encode(DataSpec(str(tmp_path / "pictures.npz"), resolution=16), tmp_path / "own", **told, sigma_data=1.0)
+    with pytest.raises(FewstepError, match="another VAE, size or statistics"):
+        check_latents(open_images(DataSpec(str(tmp_path / "own"))), 1.0, load(folder).info)
+    pixels_only = Architecture(UNet(16, (1,), layers=1, attention=(), head_dim=8, norm_groups=8), (3, 16, 16))
+    save_model(tmp_path / "p.safetensors", pixels_only.build().state_dict(), ModelInfo(pixels_only, "diffusion"))
+    with pytest.raises(FewstepError, match="is a model of images"):
+        encode(
+            DataSpec(str(tmp_path / "pictures.npz"), resolution=16),
+            tmp_path / "no",
+            **told,
+            statistics=str(tmp_path / "p.safetensors"),
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
@@ -380,6 +408,176 @@ def test_unknown_predictions_schedules_schedulers_and_networks_are_named(plain):
     refused(plain, r"tensors do not fit(.|\n)*missing in the source")
     altered(plain, "unet/config.json", layers_per_block=1, down_block_types=["Nonsense", "AttnDownBlock2D"])
     refused(plain, "cannot build the UNet2DModel")
+
+
+def test_names_of_before_2023_are_read_as_diffusers_reads_them(plain, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    file, before = plain / "unet" / "diffusion_pytorch_model.safetensors", load(plain)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def former(name: str) -> str:
+        for new, was in old.items():
+            name = name.replace(f".{new}.", f".{was}.") if ".attentions." in name else name
+        return name
+
+    tensors = {former(name): t.clone() for name, t in load_file(file).items()}
+    assert any(".query." in name for name in tensors)
+    save_file(tensors, file)
+    altered(plain, "unet/config.json", some_old_option=3)
+    assert load(plain).sha256 == before.sha256
+    assert any("some_old_option" in note for note in hub.read(plain).notes)
+
+
+def test_dits_by_their_former_class_name(tmp_path):
+    from diffusers import DDIMScheduler
+
+    folder = folder_of(tmp_path / "m", transformer(), DDIMScheduler(), "transformer", "DiTPipeline")
+    before = load(folder)
+    altered(folder, "transformer/config.json", _class_name="Transformer2DModel", num_vector_embeds=None)
+    assert load(folder).sha256 == before.sha256
+    assert not any(getattr(m, "dropout_prob", 0) for m in before.denoiser.modules())  # labels are never dropped
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"out_channels": 1}, "makes 1 channels of 3"), ({"class_embed_type": "timestep"}, "class_embed_type='timestep'"),
+        ({"time_embedding_type": "fourier"}, "time_embedding_type='fourier'"), ({"norm_num_groups": 0}, "cannot build"),
+        ({"sample_size": None}, "no sample_size"), ({"in_channels": "x"}, "no sample_size"), ({"sample_size": [8]}, "damaged"),
+    ],
+)  # fmt: skip
+def test_networks_that_mean_something_else_are_refused(plain, changes, words):
+    altered(plain, "unet/config.json", **changes)
+    refused(plain, words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type='continuous'"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}, "invert_sigmas"),
+        ({"_class_name": "CMStochasticIterativeScheduler", "sigma_min": 90}, "sigma_min 90"),
+        ({"_class_name": "CMStochasticIterativeScheduler", "s_noise": 1.1}, "s_noise 1.1"),
+        ({"num_train_timesteps": "abc"}, "damaged"), ({"beta_start": None}, "damaged"), ({"trained_betas": "abc"}, "damaged"),
+    ],
+)  # fmt: skip
+def test_schedulers_that_mean_something_else_are_refused(plain, changes, words):
+    altered(plain, "scheduler/scheduler_config.json", **changes)
+    refused(plain, words)
+
+
+def test_what_a_scheduler_leaves_out_is_its_own_default(plain):
+    (plain / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "HeunDiscreteScheduler"}))
+    speaks = hub.read(plain).architecture.network.parametrisation
+    assert (speaks.beta_start, speaks.beta_end) == (0.00085, 0.012)
+
+
+def test_variants_and_shards(plain, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder, before = plain / "unet", load(plain).sha256
+    file = folder / "diffusion_pytorch_model.safetensors"
+    tensors = {name: t.clone() for name, t in load_file(file).items()}
+    save_file({name: t.half() for name, t in tensors.items()}, folder / "diffusion_pytorch_model.fp16.safetensors")
+    assert load(plain).sha256 == before  # the full one
+    file.unlink()
+    (folder / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for part, held in parts.items():
+        save_file({name: tensors[name] for name in held}, folder / part)
+    index = {"weight_map": {name: part for part, held in parts.items() for name in held}}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    assert load(plain).sha256 == before
+    for wrong in (
+        {"weight_map": {"x": "../../secret.safetensors"}},
+        {"weight_map": {"x": "/etc/passwd"}},
+        {},
+        [],
+        {"weight_map": [1]},
+    ):
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(wrong))
+        refused(plain, "names no shards")
+
+
+def test_unknown_models_are_still_combined_under_their_own_names(plain, tmp_path):
+    from fewstep.snapshots import read_checkpoint
+
+    altered(plain, "scheduler/scheduler_config.json", _class_name="ScoreSdeVeScheduler")
+    stored = read_checkpoint(plain / "unet")
+    assert stored.header == {}
+    assert "conv_in.weight" in stored.tensors
+
+
+def test_a_description_cannot_run_or_build_anything_else(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["notebook", "doctor"])
+    arch = {
+        "is": "fewstep.networks:Architecture",
+        "shape": [3, 8, 8],
+        "num_classes": 0,
+        "sigma_data": 0.5,
+        "sigma_min": 0.0,
+    }
+    for network in (
+        {"is": "fewstep.__main__:Foo"},
+        {"is": "fewstep.networks.stock:Stock", "model": "DiffusionPipeline", "config": "{}"},
+        {"is": "os:system"},
+    ):
+        (plain / "fewstep.json").write_text(
+            json.dumps({"architecture": {**arch, "network": network}, "kind": "diffusion"})
+        )
+        refused(plain, "does not fit this version")
+    good = {"is": "fewstep.networks.unet:UNet"}
+    for wrong in ({"kind": 7}, {"second_sigma": "no"}, {"latents": "x"}, {"architecture": 3}):
+        told = {"architecture": {**arch, "network": good}, "kind": "diffusion"} | wrong
+        (plain / "fewstep.json").write_text(json.dumps(told))
+        refused(plain, "does not fit this version")
+
+
+def test_an_import_never_hides_or_mixes_with_what_is_there(plain, tmp_path, gaussian):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.json").write_text("{}")
+    with pytest.raises(FewstepError, match="not empty"):
+        import_model(plain, run, look=False)
+    with pytest.raises(FewstepError, match="not empty"):
+        import_model(plain, plain, look=False, overwrite=True)
+    with pytest.raises(FewstepError, match="does not exist"):
+        import_model(plain, tmp_path / "out", data=str(tmp_path / "nothing"))
+    assert not (tmp_path / "out").exists()
+    import_model(plain, tmp_path / "out")
+    assert (tmp_path / "out" / "check.png").exists()
+    import_model(plain, tmp_path / "out", look=False, overwrite=True)
+    assert not (tmp_path / "out" / "check.png").exists()  # it was the former model's
+
+
+def test_a_second_sigma_is_not_said_to_be_stored_in_anothers_file(plain, capsys):
+    altered(plain, "scheduler/scheduler_config.json", _class_name="CMStochasticIterativeScheduler", sigma_min=0.002)
+    args = ["evaluate", str(plain), "--data", "digits", "--search-sigma", "--num", "4"]
+    assert main(args) == 2
+    assert "`fewstep import` it first" in capsys.readouterr().err
+
+
+def test_a_part_in_the_hubs_cache_is_not_the_whole(plain, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot(name, **options):
+        asked.append(options.get("local_files_only", False))
+        if options.get("local_files_only"):
+            (tmp_path / "part" / "vae").mkdir(parents=True, exist_ok=True)
+            return str(tmp_path / "part")
+        return str(plain)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name: ["unet/x.safetensors"])
+    assert load("somebody/ddpm-tiny").info.kind == "diffusion"
+    assert asked == [True, False]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(FewstepError, match="does not exist"):
+        load("runs/etc")  # a mistyped path is not looked for on the hub
+    assert len(asked) == 2
 
 
 def test_code_that_comes_with_a_folder_is_refused_and_never_run(plain, tmp_path):

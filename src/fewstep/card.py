@@ -47,13 +47,18 @@ def card(
         ("images seen", f"{info.nimg:,}" if info.nimg else "not told"), ("sigma_data", f"{arch.sigma_data:g}"),
         ("second step's sigma", f"{info.second_sigma:g}" if info.kind == "consistency" else "-"),
         ("began with the weights", info.initialised_from or "random"), ("weights' SHA-256", model.sha256),
-        ("VAE", info.latents.vae if info.latents else "none"), *settings(model),
+        ("VAE", vae_name(info.latents.vae) if info.latents else "none"), *settings(model),
     ]  # fmt: skip
     parts += ["## Made of", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
     parts += measured(model, records)
     parts += combined(model)
     parts += ["## Licence", "", *lineage(model, licence), "", f"Exported by fewstep {__version__}.", ""]
     return "\n".join(parts)
+
+
+def vae_name(vae: str) -> str:
+    """A hub name as it is; of a folder, which lies beside the card, its last part."""
+    return f"{Path(vae).name} (in this folder)" if Path(vae).is_absolute() else vae
 
 
 def front_matter(model: Model, licence: str, pipeline: str) -> str:

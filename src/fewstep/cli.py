@@ -130,7 +130,7 @@ def evaluate(
     from fewstep.environment import pick_device
     from fewstep.evaluation import evaluate as stream
     from fewstep.evaluation import search_second_sigma
-    from fewstep.model import load, store_second_sigma
+    from fewstep.model import check_ours, load, store_second_sigma
     from fewstep.samplers import FewStep
     from fewstep.types import FewstepError
 
@@ -142,6 +142,8 @@ def evaluate(
     loaded.info.sampler(counts[0], solver)  # refuse before the work begins
     if search_sigma and loaded.info.kind != "consistency":
         raise FewstepError("--search-sigma is for consistency models: a diffusion model has no second step of its own")
+    if search_sigma:
+        check_ours(loaded)
     features, real = measure_against(loaded, data, extractor, reference, heldout, extractor_weights)
     make = generator(loaded, batch)
     if search_sigma:

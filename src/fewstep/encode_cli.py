@@ -25,7 +25,7 @@ def encode(
         single_sample: Keep one posterior sample of each, in place of mean and log variance, which give each epoch its own.
         statistics: What latents are normalised with: mean and std of each channel, of each element, or a .safetensors
             file of mean and std. Measured over all posteriors: std^2 is the mean of their variances plus the variance
-            of their means.
+            of their means. Or a MODEL of latents (an imported DiT, say): what it was trained on, to tune it.
         sigma_data: Standard deviation of the normalised latents; training needs the same --sigma-data.
         dtype: fp16 or fp32 on the disk.
         use_labels: Keep the class labels if the source has them.

@@ -24,16 +24,18 @@ from fewstep._version import __version__
 from fewstep.console import ProgressLine, say
 from fewstep.data import DataSpec, Images, LatentSpace, open_images, to_float
 from fewstep.data.latent_space import check_scale
-from fewstep.data.latents import DTYPES, KEYS, MANIFEST, PLAN, VERSION
+from fewstep.data.latents import DTYPES, KEYS, MANIFEST, OF_MODEL, PLAN, VERSION
 from fewstep.data.order import prefetched
 from fewstep.environment import pick_device
 from fewstep.files import atomic_write, read_json, write_json
 from fewstep.interrupts import Interrupted
 from fewstep.latent_statistics import Moments, read_statistics
 from fewstep.latents import DEFAULT_VAE, VAE, load_vae
+from fewstep.model import find, read_info
 from fewstep.noise import permutation, philox
 from fewstep.rundir import RunDir
 from fewstep.snapshots import format as snapshot
+from fewstep.snapshots.sources import read_foreign_header
 from fewstep.types import FewstepError
 
 STATISTICS: Final = "statistics.safetensors"
@@ -68,8 +70,9 @@ def encode(
 ) -> dict[str, Any]:  # fmt: skip
     """Encode all images of a source into the folder `out`, which is a data source itself then; returns what was done.
 
-    Goes on where an earlier call was stopped, and repairs damaged shards. statistics: channel, element or a file of mean
-    and std; another choice than before needs no new encoding. FewstepError for bad input, Interrupted on Ctrl-C.
+    Goes on where an earlier call was stopped, and repairs damaged shards. statistics: channel, element, a file of mean
+    and std, or a model of latents, to tune it on its own scale; another choice than before needs no new encoding.
+    FewstepError for bad input, Interrupted on Ctrl-C.
     """
     if batch < 1:
         raise FewstepError(f"--batch must be 1 or more, got {batch}")
@@ -78,8 +81,14 @@ def encode(
     if images.space:
         raise FewstepError(f"{data.source} holds latents already: give the images")
     task = Encoder(images, network, encoding or Encoding(), Path(out), batch, quiet)
-    given = None if statistics in ("channel", "element") else read_statistics(statistics, task.shape)
-    if given:
+    space = space_of_model(statistics, task)
+    if space:
+        given = torch.tensor(space.mean, dtype=torch.float64), torch.tensor(space.std, dtype=torch.float64)
+        sigma_data, statistics = space.sigma_data, f"{OF_MODEL}{statistics}"
+    elif statistics in ("channel", "element"):
+        given = None
+    else:
+        given = read_statistics(statistics, task.shape)
         task.probe(task.space(*given, sigma_data), statistics)
     directory = RunDir(task.out)
     try:
@@ -99,6 +108,23 @@ def encode(
         "vae": network.name, "vae_sha256": network.sha256, "statistics": statistics,
         "channel_mean": moments.channels()[0].tolist(), "channel_std": moments.channels()[1].tolist(),
     }  # fmt: skip
+
+
+def space_of_model(statistics: str, task: "Encoder") -> LatentSpace | None:
+    """The latents of the model that --statistics names; None where it names none. FewstepError for another VAE or size."""
+    path = Path(statistics).expanduser()
+    if not path.is_dir() and not (
+        path.suffix == ".safetensors" and path.is_file() and snapshot.peek(path, snapshot.FORMAT)
+    ):
+        return None
+    file = find(path)
+    space = read_info(read_foreign_header(file), file).latents
+    if space is None or (space.vae_sha256, space.shape) != (task.vae.sha256, task.shape):
+        what = "of images" if space is None else f"of latents of {space.vae} at {space.resolution} pixels"
+        raise FewstepError(
+            f"--statistics {statistics} is a model {what}: give its own VAE with --vae and its size with --resolution"
+        )
+    return space
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -14,9 +12,9 @@ import torch
 from fewstep import codec
 from fewstep.card import card
 from fewstep.console import say
-from fewstep.files import PART, write_json
+from fewstep.files import whole_folder, write_json
 from fewstep.hub.folders import DESCRIPTION
-from fewstep.latents import load_vae
+from fewstep.latents import vae_of
 from fewstep.model import Model, ModelInfo, load
 from fewstep.networks import Architecture, Stock, UNet
 from fewstep.networks.stock import Scaled
@@ -25,7 +23,9 @@ from fewstep.types import FewstepError
 
 Pipeline = Literal["ConsistencyModelPipeline", "LDMPipeline", "FewstepPipeline"]
 GRIDS: Final = (40, 6, 4)  # sizes of the scheduler's grid, of which the entry N // 2 is the second step
+VAE: Final = "vae"
 SAMPLES: Final = "samples.png"
+WRITTEN: Final = ("README.md", "model_index.json", DESCRIPTION, SAMPLES, "scheduler", "unet", "vae", "vqvae")
 
 
 @dataclass(frozen=True)
@@ -116,26 +116,24 @@ def export(
     the card. push_to_hub: OWNER/NAME to upload the folder to. Returns what was written. FewstepError for what cannot be.
     """
     model = model if isinstance(model, Model) else load(model)
-    out = Path(out)
+    out = Path(out).resolve() if str(out) in (".", "..") else Path(out)
     if to == "onnx":
         from fewstep.onnx_file import write_onnx
 
         if push_to_hub:
             raise FewstepError("--push-to-hub uploads a diffusers folder: leave it out, or give --to diffusers")
         return write_onnx(model, out, overwrite)
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (overwrite and (out / DESCRIPTION).exists()))):
-        raise FewstepError(f"{out} is not empty: choose another OUT, or replace an earlier export with --overwrite")
     form = form_of(model.info)
     repo = push_to_hub or out.name
     text = card(model, form.pipeline, form.needs, form.because, repo, records, licence, title)
 
     def fill(folder: Path) -> None:
         write_pipeline(model, form, folder)
-        write_json(folder / DESCRIPTION, {f: codec.encode(v) for f, v in vars(model.info).items() if f != "best"})
+        write_json(folder / DESCRIPTION, described(model.info))
         (folder / "README.md").write_text(text)
         draw(model, folder / SAMPLES)
 
-    whole_folder(out, fill)
+    whole_folder(out, WRITTEN, DESCRIPTION, overwrite, fill)
     for line in model.info.lineage:
         say(f"note: {line}")
     if push_to_hub:
@@ -145,24 +143,6 @@ def export(
         "needs": form.needs, "because": form.because, "sigmas": model.info.sampler(2).sigmas if form.needs == "" else None,
         "lineage": list(model.info.lineage), "pushed_to": push_to_hub, "weights_sha256": model.sha256,
     }  # fmt: skip
-
-
-def whole_folder(out: Path, fill: Callable[[Path], None]) -> None:
-    """A folder that is there whole or not at all: filled beside its place, then renamed, an earlier one removed last."""
-    new, old = (out.with_name(f".{out.name}.{os.getpid()}{end}") for end in (PART, ".old"))
-    try:
-        new.mkdir(parents=True)
-        fill(new)
-        if out.exists():
-            os.replace(out, old)
-        os.replace(new, out)
-    except OSError as error:
-        if old.exists() and not out.exists():
-            os.replace(old, out)
-        raise FewstepError(f"{out} was not written ({error}): free some space or choose another OUT") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_pipeline(model: Model, form: Form, folder: Path) -> None:
@@ -189,10 +169,23 @@ def write_pipeline(model: Model, form: Form, folder: Path) -> None:
     else:
         from fewstep.component import FewstepPipeline
 
-        told = {f: codec.encode(v) for f, v in vars(info).items() if f != "best"}
-        vae = load_vae(info.latents.vae).network if info.latents else None
-        pipeline = FewstepPipeline(unet=unet, vae=vae, model=json.dumps(told))
+        vae = vae_of(info.latents).network if info.latents else None
+        pipeline = FewstepPipeline(unet=unet, vae=vae, model=json.dumps(described(info)))
     pipeline.save_pretrained(folder, safe_serialization=True)
+    if form.pipeline == "LDMPipeline" and info.latents and is_local(info):  # the VAE as it is, for fewstep
+        vae_of(info.latents).network.save_pretrained(folder / VAE, safe_serialization=True)
+
+
+def is_local(info: ModelInfo) -> bool:
+    """Whether its latents' VAE is a folder here, which must come along, and not a name on the hub."""
+    return info.latents is not None and Path(info.latents.vae).is_dir()
+
+
+def described(info: ModelInfo) -> dict[str, Any]:
+    """The description for the folder; the VAE of a folder here is the one beside it."""
+    if info.latents and is_local(info):
+        info = replace(info, latents=replace(info.latents, vae=VAE))
+    return {f: codec.encode(v) for f, v in vars(info).items() if f != "best"}
 
 
 def folded_vae(info: ModelInfo) -> Any:
@@ -204,7 +197,7 @@ def folded_vae(info: ModelInfo) -> Any:
 
     assert info.latents is not None
     space = info.latents
-    vae: Any = copy.deepcopy(load_vae(space.vae).network)
+    vae: Any = copy.deepcopy(vae_of(space).network)
     mean, scale = (torch.tensor(v, dtype=torch.float64) for v in (space.mean, space.std))
     scale = scale / space.sigma_data
     layer: Any = vae.post_quant_conv

@@ -5,9 +5,11 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from fewstep.types import FewstepError
 
@@ -41,6 +43,35 @@ def atomic_write(path: Path, content: bytes | str | Callable[[Path], None]) -> N
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def whole_folder(out: Path, own: Collection[str], mark: str, overwrite: bool, fill: Callable[[Path], None]) -> None:
+    """A folder that is there whole or not at all: filled beside its place, then renamed.
+
+    FewstepError unless `out` is empty, or holds the file `mark` of an earlier one and overwrite is given. Then what is not
+    among the names `own` stays where it is.
+    """
+    out = out.resolve()
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (overwrite and (out / mark).is_file()))):
+        again = ", or replace it with --overwrite" if (out / mark).is_file() else ""
+        raise FewstepError(f"{out} is not empty: choose another OUT{again}")
+    new, old = (out.with_name(f".{out.name}.{os.getpid()}{end}") for end in (PART, ".old"))
+    try:
+        new.mkdir(parents=True)
+        fill(new)
+        if out.exists():
+            os.replace(out, old)
+        os.replace(new, out)
+        for kept in list(old.iterdir()) if old.exists() else ():
+            if kept.name not in own:
+                os.replace(kept, out / kept.name)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise FewstepError(f"{out} was not written ({error}): free some space or choose another OUT") from error
+    finally:
+        if old.exists() and not out.exists():
+            os.replace(old, out)
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,6 +1,6 @@
 """Other people's models in: read without executing anything, written as a snapshot of ours, and looked at."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -9,12 +9,11 @@ from torch import Tensor
 
 from fewstep import hub
 from fewstep.console import ProgressLine, say
-from fewstep.data import DataSpec, LatentSpace, open_images, preparation
+from fewstep.data import DataSpec, open_images, preparation
 from fewstep.environment import pick_device
 from fewstep.evaluation import GRID_SEED
-from fewstep.files import write_json
+from fewstep.files import whole_folder, write_json
 from fewstep.hub.foreign import table
-from fewstep.latents import load_vae
 from fewstep.model import Model, ModelInfo, load, read_info, save_model
 from fewstep.noise import NoiseStream
 from fewstep.pictures import save
@@ -39,10 +38,6 @@ def import_model(
     holds. FewstepError for whatever cannot be read safely and exactly.
     """
     place, out = pick_device(device), Path(out)
-    if (out / WEIGHTS).exists() and not overwrite:
-        raise FewstepError(f"{out} holds a model: choose another OUT, or give --overwrite")
-    if out.is_file():
-        raise FewstepError(f"{out} is a file: OUT is a folder")
     path = hub.resolve(source)
     if not path.exists():
         raise FewstepError(f"{source} does not exist: give a .pkl, .pt or .pth file, a diffusers folder or a hub name")
@@ -50,44 +45,41 @@ def import_model(
     if foreign is None:
         raise FewstepError(
             f"{source} does not say what its weights predict: give a whole diffusers pipeline (with model_index.json and its "
-            "scheduler), an EDM, ECT or TCM pickle, or OpenAI's or FastGen's archive"
+            "scheduler), an EDM, ECT or TCM pickle, or OpenAI's or FastGen's archive; fewstep's own snapshots need no import"
         )
     info = read_info(foreign.header(), path)
-    if foreign.vae and not info.latents:
-        info = replace(info, latents=space_of(foreign.vae, info, device=str(place)))
-    out.mkdir(parents=True, exist_ok=True)
-    digest = save_model(out / WEIGHTS, foreign.tensors, info)
+    if data:
+        clean_samples(info, data)  # what cannot be opened is told of now
     told: dict[str, Any] = {
-        "source": str(source), "what": foreign.source, "kind": info.kind, "weights_sha256": digest,
+        "source": str(source), "what": foreign.source, "kind": info.kind, "weights_sha256": "",
         "lineage": list(info.lineage), "notes": list(foreign.notes), "keys": [asdict(key) for key in foreign.keys],
     }  # fmt: skip
-    write_json(out / TOLD, told)
-    odd = [key for key in foreign.keys if key.remark]
-    say(f"{foreign.source}: {len(foreign.keys) - len(odd)} tensors taken as they are" + (":" * bool(odd)))
-    if odd:
-        say(table(odd[:40]) + (f"\n  ... and {len(odd) - 40} more in {out / TOLD}" if len(odd) > 40 else ""))
-    for line in (*foreign.notes, *info.lineage):
-        say(f"note: {line}")
-    if look:
-        found = inspect_model(load(out, place), out / DRAWN, data, quiet)
-        told |= {"picture": str(out / DRAWN), "check": found.to_json()}
-        write_json(out / TOLD, told)
-        say(
-            f"denoising loss of {found.n} images ({found.of}), per element, and over that of a network that says nothing:"
-        )
-        say(found.table())
-        say(f"WARNING: {found.verdict}" if found.verdict else f"it denoises as it should; look at {out / DRAWN}")
+
+    def fill(folder: Path) -> None:
+        told["weights_sha256"] = save_model(folder / WEIGHTS, foreign.tensors, info)
+        tell(foreign, info, out / TOLD)
+        if look:
+            found = inspect_model(load(folder / WEIGHTS, place), folder / DRAWN, data, quiet)
+            told.update({"picture": str(out / DRAWN), "check": found.to_json()})
+            say(
+                f"denoising loss of {found.n} images ({found.of}), per element, and over that of a network that says nothing:"
+            )
+            say(found.table())
+            say(f"WARNING: {found.verdict}" if found.verdict else f"it denoises as it should; look at {out / DRAWN}")
+        write_json(folder / TOLD, told)
+
+    whole_folder(out, (WEIGHTS, TOLD, DRAWN), TOLD, overwrite, fill)
     return told
 
 
-def space_of(vae: str, info: ModelInfo, device: str) -> LatentSpace:
-    """The latents of a pipeline's VAE as diffusers scales them: times its scaling factor, with no mean taken off."""
-    network = load_vae(vae, device)
-    arch = info.architecture
-    channels, side = arch.shape[0], arch.shape[-1] * network.factor
-    spread = (arch.sigma_data / network.scaling_factor,) * channels
-    shape = (channels, arch.shape[1], arch.shape[2])
-    return LatentSpace(network.name, network.sha256, side, shape, (0.0,) * channels, spread, arch.sigma_data)
+def tell(foreign: hub.Foreign, info: ModelInfo, report: Path) -> None:
+    """What became of the keys, and what the user should know."""
+    odd = [key for key in foreign.keys if key.remark]
+    say(f"{foreign.source}: {len(foreign.keys) - len(odd)} tensors taken as they are" + (":" * bool(odd)))
+    if odd:
+        say(table(odd[:40]) + (f"\n  ... and {len(odd) - 40} more in {report}" if len(odd) > 40 else ""))
+    for line in (*foreign.notes, *info.lineage):
+        say(f"note: {line}")
 
 
 def inspect_model(model: Model, drawn: Path, data: str | DataSpec = "", quiet: bool = False) -> Check:
@@ -99,13 +91,12 @@ def inspect_model(model: Model, drawn: Path, data: str | DataSpec = "", quiet: b
     if not data:
         label = NoiseStream(GRID_SEED).labels(range(COUNT), classes) if classes else None
         return check(model, samples.cpu(), label)
-    x, label, name = clean_samples(model, data)
+    x, label, name = clean_samples(model.info, data)
     return check(model, x, label if classes else None, name)
 
 
-def clean_samples(model: Model, data: str | DataSpec) -> tuple[Tensor, Tensor | None, str]:
+def clean_samples(info: ModelInfo, data: str | DataSpec) -> tuple[Tensor, Tensor | None, str]:
     """Up to 512 samples x [n, C, H, W] of a source as the model takes them, their labels, and the source's name."""
-    info = model.info
     spec = DataSpec(data, resolution=info.image_shape[-1]) if isinstance(data, str) else data
     images = open_images(spec)
     if images.shape != info.architecture.shape:
@@ -113,6 +104,10 @@ def clean_samples(model: Model, data: str | DataSpec) -> tuple[Tensor, Tensor | 
             f"{images.name} has samples of {' x '.join(map(str, images.shape))}, the model makes "
             f"{' x '.join(map(str, info.architecture.shape))}: give --data of its own kind"
             + (", latents that `fewstep encode` made" if info.latents else "")
+        )
+    if info.latents and not (images.space and info.latents.same_as(images.space)):
+        raise FewstepError(
+            f"{images.name} has latents of another VAE or scale than the model's: use fewstep encode --statistics MODEL"
         )
     if info.architecture.num_classes and (
         images.labels is None or int(images.labels.max()) >= info.architecture.num_classes

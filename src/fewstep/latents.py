@@ -167,14 +167,17 @@ class Decode:
         return images.mean(1, keepdim=True) if self.space.channels == 1 else images
 
 
-def decoder(space: LatentSpace | None, device: torch.device | str = "cpu") -> Decoder | None:
-    """What makes images of a model's samples; None for a model of pixels. FewstepError unless it is the VAE of the space."""
-    if space is None:
-        return None
+def vae_of(space: LatentSpace, device: torch.device | str = "cpu") -> VAE:
+    """The VAE that the latents are of, loaded; FewstepError when the one in its place is another."""
     vae = load_vae(space.vae, device)
     if vae.sha256 != space.vae_sha256:
         raise FewstepError(
             f"the VAE in {vae.name} (SHA-256 {vae.sha256[:12]}...) is not the one that the latents are of "
             f"({space.vae_sha256[:12]}...): put that one there"
         )
-    return Decode(space, vae)
+    return vae
+
+
+def decoder(space: LatentSpace | None, device: torch.device | str = "cpu") -> Decoder | None:
+    """What makes images of a model's samples; None for a model of pixels. FewstepError unless it is the VAE of the space."""
+    return None if space is None else Decode(space, vae_of(space, device))

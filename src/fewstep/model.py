@@ -226,15 +226,34 @@ def check_latents(images: Images, sigma_data: float, init: ModelInfo | None = No
         )
 
 
+def check_ours(model: Model) -> None:
+    """FewstepError unless the model lies in a snapshot of ours, in which something can be stored."""
+    if model.path is None or model.path.suffix != ".safetensors":
+        raise FewstepError(
+            f"{model.path} is another program's: `fewstep import` it first, then its second sigma can be stored"
+        )
+
+
 def store_second_sigma(model: Model, sigma: float) -> Model:
     """Write the second step's noise level into the model's file and its copies beside it; the weights stay the same."""
     assert model.path is not None
+    check_ours(model)
     for file in model.path.parent.glob("*.safetensors"):
-        header = snapshot.read_header(file)
-        if header["weights_sha256"] == model.sha256:
+        header = snapshot.peek(file, snapshot.FORMAT) or {}
+        if header.get("weights_sha256") == model.sha256 and "model" in header:
             info = replace(read_info(header, file), second_sigma=sigma)
             save_model(file, model.denoiser.state_dict(), info)
     return replace(model, info=replace(model.info, second_sigma=sigma))
 
 
-__all__ = ["Model", "ModelInfo", "check_latents", "find", "load", "load_weights", "save_model", "store_second_sigma"]
+__all__ = [
+    "Model",
+    "ModelInfo",
+    "check_latents",
+    "check_ours",
+    "find",
+    "load",
+    "load_weights",
+    "save_model",
+    "store_second_sigma",
+]

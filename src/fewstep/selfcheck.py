@@ -139,6 +139,8 @@ def check(model: Model, x: Tensor, label: Tensor | None, of: str = "") -> Check:
     Where that fails, name the parametrisation under which it would not.
     """
     found = levels(model, x, label)
+    if not found:
+        return Check(of or OWN, len(x), found, "no noise level of the check is one that the model was trained at")
     if all(at.fine for at in found):
         return Check(of or OWN, len(x), found, "")
     worst = max(found, key=excess)

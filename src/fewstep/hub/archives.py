@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewstep.hub import edm, edm2
 from fewstep.hub.folders import network_of
-from fewstep.hub.foreign import Foreign, Key, fit
+from fewstep.hub.foreign import Foreign, Key, UnknownModel, fit
 from fewstep.hub.weights import archive_content
 from fewstep.networks import Architecture, EDMUNet, Network
 from fewstep.networks.stock import Scaled
@@ -77,7 +77,7 @@ def named_kind(path: Path) -> Kind:
     known: dict[str, Kind] = {"cd": "consistency", "ct": "consistency", "edm": "diffusion"}
     start = re.split(r"[^a-z]", path.name.lower())[0]
     if start not in known:
-        raise FewstepError(
+        raise UnknownModel(
             f"{path.name} does not say what it is: fewstep import it with --kind diffusion (a teacher) or --kind consistency"
         )
     return known[start]

@@ -7,10 +7,15 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fewstep import codec
+from fewstep.data import LatentSpace
 from fewstep.networks import Architecture
 from fewstep.types import FewstepError
 
 SHOWN = 20  # rows of a table of keys in an error
+
+
+class UnknownModel(FewstepError):
+    """A whole and harmless file that says of no model here what it is: its tensors can still be combined under their names."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,8 @@ class Foreign:
     clip_denoised: bool = False
     """sampled with every estimate of the clean image clipped to [-1, 1]"""
     class_names: tuple[str, ...] = ()
-    nimg: int = 0
-    """images seen in training, 0 where it is not told"""
-    vae: str = ""
-    """folder of the AutoencoderKL whose latents, times its scaling factor, it makes"""
+    latents: LatentSpace | None = None
+    """what its samples are to be decoded with; None: it makes pixels"""
     described: dict[str, Any] = field(default_factory=dict)
     """of our own exports: the model's description as it stands in a snapshot's header"""
 
@@ -59,9 +62,10 @@ class Foreign:
         told = {
             "architecture": codec.encode(self.architecture), "kind": self.kind, "weights": "imported",
             "class_names": list(self.class_names), "clip_denoised": self.clip_denoised, "lineage": list(self.lineage),
+            "latents": codec.encode(self.latents),
         }  # fmt: skip
-        rest = {"second_sigma": self.second_sigma, "nimg": self.nimg}
-        return {"model": self.described or told | {name: value for name, value in rest.items() if value}}
+        second = {"second_sigma": self.second_sigma} if self.second_sigma else {}
+        return {"model": self.described or told | second}
 
 
 def fit(

@@ -16,8 +16,9 @@ def resolve(source: str | Path) -> Path:
     FewstepError when there is neither, or no network to get it by.
     """
     path = Path(source).expanduser()
-    if path.exists() or not HUB_NAME.fullmatch(str(source)) or path.suffix in (".safetensors", ".pkl", ".pt", ".pth"):
-        return path
+    ours = path.exists() or path.suffix in (".safetensors", ".pkl", ".pt", ".pth") or path.parent.is_dir()
+    if ours or not HUB_NAME.fullmatch(str(source)):
+        return path  # a name whose first part is a folder here is a mistyped path, not somebody's repository
     return from_hub(str(source))
 
 
@@ -26,7 +27,10 @@ def from_hub(name: str) -> Path:
     from huggingface_hub import list_repo_files, snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[*WANTED, "*.bin"], local_files_only=True))
+        folder = Path(snapshot_download(name, allow_patterns=[*WANTED, "*.bin"], local_files_only=True))
+        if not whole(folder):
+            raise FileNotFoundError("only a part of it is in the cache")
+        return folder
     except Exception:  # half a dozen kinds for what is not in the cache
         try:
             safe = any(file.endswith(".safetensors") for file in list_repo_files(name))
@@ -37,3 +41,10 @@ def from_hub(name: str) -> Path:
                 f"{name} is not on this machine, and the hub did not give it ({said}): where there is a network run "
                 f"`hf download {name}` and copy ~/.cache/huggingface here; or give a folder or file"
             ) from error
+
+
+def whole(folder: Path) -> bool:
+    """Whether a folder of the cache has a description and the weights of a network."""
+    described = any((folder / name).is_file() for name in ("model_index.json", "config.json"))
+    places = [folder / part for part in ("", "unet", "transformer")]
+    return described and any(file.suffix in (".safetensors", ".bin") for place in places for file in place.glob("*"))

@@ -5,6 +5,7 @@ from typing import Literal
 
 from fewstep.hub.foreign import Foreign
 from fewstep.hub.weights import ARCHIVES
+from fewstep.types import FewstepError
 
 
 def read(
@@ -19,6 +20,21 @@ def read(
     resolution: of archives that do not tell it. FewstepError for what is dangerous, damaged, of an unknown family, or
     (strict) does not fit to the last key.
     """
+    if resolution and path.suffix not in ARCHIVES:
+        raise FewstepError(f"{path} tells its resolution: leave out --resolution")
+    try:
+        return by_kind(path, strict, kind, resolution)
+    except FewstepError:
+        raise
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise FewstepError(f"{path} is damaged, or no model as it is published ({said}): fetch it again") from error
+
+
+def by_kind(
+    path: Path, strict: bool, kind: Literal["diffusion", "consistency"] | None, resolution: int | None
+) -> Foreign | None:
+    """The reader that a file's or folder's kind asks for."""
     if path.is_dir():
         from fewstep.hub.folders import read_folder
 

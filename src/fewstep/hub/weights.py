@@ -1,5 +1,6 @@
 """Tensors from foreign files, without unpickling: safetensors, whole or in shards, and archives of tensors alone."""
 
+import hashlib
 import json
 import pickle
 from collections.abc import Mapping
@@ -24,17 +25,36 @@ def folder_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The file itself; of a diffusers folder its weights or their shards."""
+    """The file itself; of a diffusers folder its weights or their shards: in full rather than a variant (fp16)."""
     if not path.is_dir():
         return [path]
-    indices, files = sorted(path.glob("*.safetensors.index.json")), sorted(path.glob("*.safetensors"))
-    if len(indices) == 1:
-        return [path / name for name in sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))]
-    files = files or sorted(path.glob("diffusion_pytorch_model*.bin"))
-    if len(files) != 1:
-        what = ", ".join(file.name for file in (indices or files)[:4]) or "no .safetensors"
-        raise FewstepError(f"{path} holds {what}, one set of weights is needed: give the file itself")
-    return files
+    for kind in ("safetensors", "bin"):
+        files = sorted([*path.glob(f"*.{kind}"), *path.glob(f"*.{kind}.index*.json")])
+        files = [file for file in files if kind == "safetensors" or file.name.startswith("diffusion_pytorch_model")]
+        whole = [
+            f
+            for f in files
+            if f.name in (f"diffusion_pytorch_model.{kind}", f"diffusion_pytorch_model.{kind}.index.json")
+        ]
+        shards = {shard for f in files if f.suffix == ".json" for shard in shards_of(f)}
+        singles = whole or [file for file in files if file not in shards]
+        if len(singles) == 1:
+            return shards_of(singles[0]) if singles[0].suffix == ".json" else singles
+        if singles:
+            what = ", ".join(file.name for file in singles[:4])
+            raise FewstepError(f"{path} holds {what}: leave one set of weights there")
+    raise FewstepError(f"{path} holds no weights (.safetensors): copy the whole folder")
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files that an index names, beside it."""
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError("files elsewhere")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FewstepError(f"{index} names no shards beside it ({error}): copy the folder again") from None
+    return [index.parent / name for name in names]
 
 
 def mapped(path: Path, remedy: str = "use another copy") -> dict[str, Tensor]:
@@ -87,3 +107,13 @@ def tensors_of(part: Any) -> dict[str, Tensor]:
     ):
         return dict(part)
     return {}
+
+
+def weights_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every tensor in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

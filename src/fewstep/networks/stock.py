@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from fewstep.networks.limits import check_dropout
 from fewstep.types import FewstepError, Labels, Times, like
 
+MODELS = ("UNet2DModel", "DiTTransformer2DModel")
+PLAIN: dict[str, Any] = {"time_embedding_type": "positional", "class_embed_type": None}  # others tell it other things
 Prediction: TypeAlias = Literal["epsilon", "v_prediction", "sample"]
 
 
@@ -75,8 +77,8 @@ class VariancePreserving:
         return float(levels[0].exp()), float(levels[-1].exp())
 
     def inputs(self, x_in: Tensor, c_noise: Times) -> tuple[Tensor, Times]:
-        levels = log_sigmas(self).to(c_noise.device)
-        wanted = 4 * c_noise.double()
+        levels = log_sigmas(self).to(wide(c_noise))
+        wanted = 4 * wide(c_noise)
         above = torch.bucketize(wanted, levels).clamp(1, len(levels) - 1)
         low, high = levels[above - 1], levels[above]
         return x_in, above - 1 + ((wanted - low) / (high - low)).clamp(0, 1)
@@ -84,7 +86,7 @@ class VariancePreserving:
     def raw(self, out: Tensor, x_in: Tensor, c_noise: Times) -> Tensor:
         if self.prediction == "v_prediction":
             return -out
-        sigma = (4 * c_noise.double()).exp()
+        sigma = (4 * wide(c_noise)).exp()
         root = like((sigma.square() + 1).sqrt(), x_in)
         if self.prediction == "epsilon":
             return like(sigma, x_in) * x_in - root * out
@@ -101,14 +103,19 @@ class Flow:
     steps: int = 1000
 
     def inputs(self, x_in: Tensor, c_noise: Times) -> tuple[Tensor, Times]:
-        sigma = (4 * c_noise.double()).exp()
+        sigma = (4 * wide(c_noise)).exp()
         return like((sigma.square() + 1).sqrt() / (1 + sigma), x_in) * x_in, self.steps * sigma / (1 + sigma)
 
     def raw(self, out: Tensor, x_in: Tensor, c_noise: Times) -> Tensor:
-        sigma = (4 * c_noise.double()).exp()
+        sigma = (4 * wide(c_noise)).exp()
         return (
             like((sigma - 1) / (1 + sigma), x_in) * x_in - like((sigma.square() + 1).sqrt() / (1 + sigma), x_in) * out
         )
+
+
+def wide(t: Tensor) -> Tensor:
+    """t in float64, where the device has it."""
+    return t if t.device.type == "mps" else t.double()
 
 
 @lru_cache(maxsize=8)
@@ -148,6 +155,8 @@ class Stock:
     """probability in residual blocks; None: as published"""
 
     def __post_init__(self) -> None:
+        if self.model not in MODELS:
+            raise FewstepError(f"unknown network {self.model!r}: {' and '.join(MODELS)} are known")
         if self.dropout is not None:
             check_dropout(self.dropout)
 
@@ -160,6 +169,14 @@ class Stock:
                 f"this {self.model} makes images of {' x '.join(map(str, own[:3]))} and {own[3]} classes, not "
                 f"{' x '.join(map(str, shape))} and {num_classes}: give data of its size"
             )
+        out = config.get("out_channels") or shape[0]
+        if out not in (shape[0], 2 * shape[0]):
+            raise FewstepError(
+                f"this {self.model} makes {out} channels of {shape[0]}: only images, or images and variances, fit"
+            )
+        for name, plain in PLAIN.items():
+            if config.get(name, plain) != plain:
+                raise FewstepError(f"this {self.model} has {name}={config[name]!r}: only {plain!r} can be converted")
         return _Stock(self, config, num_classes)
 
 
@@ -187,8 +204,11 @@ class _Stock(nn.Module):
             known["dropout"] = stock.dropout
         try:
             self.unet: Any = getattr(diffusers, stock.model)(**known)
-        except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
+        except (TypeError, ValueError, NotImplementedError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise FewstepError(f"this diffusers cannot build the {stock.model} of its config.json ({error})") from None
+        for module in self.unet.modules():
+            if hasattr(module, "dropout_prob"):
+                module.dropout_prob = 0.0  # of labels, for classifier-free guidance: x_t and x_r must have the same
         self.num_classes, self.speaks, self.transformer = num_classes, stock.parametrisation, stock.model[:3] == "DiT"
 
     def forward(self, x: Float[Tensor, "n c h w"], c_noise: Times, label: Labels = None) -> Float[Tensor, "n c h w"]:

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.files import atomic_write
-from fewstep.hub import mapped
+from fewstep.hub import mapped, weights_hash
 from fewstep.types import FewstepError
 
 FORMAT = "fewstep/1"
@@ -32,16 +31,6 @@ class Stored:
     tensors: dict[str, Tensor]
     header: dict[str, Any]
     weights_sha256: str
-
-
-def weights_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every tensor in the order of their names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> str:

@@ -104,7 +104,7 @@ def read_checkpoint(path: str | Path) -> Stored:
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header, unchecked; memory maps wherever the format allows it."""
-    if foreign := hub.read(path):
+    if foreign := known(path):
         return foreign.tensors, foreign.header()
     if path.suffix in ARCHIVES and path.is_file():
         return load_archive(path), {}
@@ -115,9 +115,17 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, header
 
 
+def known(path: Path) -> hub.Foreign | None:
+    """The foreign model of a file or folder; None where it is ours, or weights that do not say what they are of."""
+    try:
+        return hub.read(path)
+    except hub.UnknownModel:
+        return None
+
+
 def read_foreign_header(path: Path) -> dict[str, Any]:
     """The header of a fewstep snapshot, or one made of what a foreign model says of itself; {} where it says nothing."""
-    if foreign := hub.read(path):
+    if foreign := known(path):
         return foreign.header()
     if path.suffix in ARCHIVES and path.is_file():
         return {}
