@@ -8,6 +8,7 @@ batch and rate of the digits preset; EMA 0.99 is what is saved), written by save
 
 - `ddim`: samples of stock diffusers' DDIM (eta 0, trailing steps), 50 and 250 evaluations,
 - `ours`: samples of the imported D(x, sigma) by DPM-Solver++ at 9 and 17 and Heun at 199 evaluations,
+- `exact` (epsilon only): ECT without the bound that fewstep sets on the network's amplification (docs/log.md),
 - `ect`: ECT from it (76,800 images, digits preset), weights and second sigma chosen on other noise, at 1 and 2 steps,
 - `check`: what the import's self-check says of the folder, and of a copy whose scheduler names the other prediction.
 
@@ -132,8 +133,14 @@ def one(prediction: str, setting: Setting, seed: int, work: Path) -> Value:
     ours["heun 1 step"] = yardstick.distance(model, Heun.karras(1), (0, 1, 2), setting.num)[0]
     base = recipe_for("ect", setting, setting.rest_nimg, seed)
     recipe = replace(inherit(base, model), averages=AVERAGES)
+    exact = replace(recipe, network=model.info.architecture.network)
+    unbounded = {}
+    if recipe.network != exact.network:
+        trained(exact, work / f"{prediction}-{seed}-exact", folder)
+        unbounded = {"exact": yardstick.measure(work / f"{prediction}-{seed}-exact")["fd"]}
     spent = trained(recipe, work / f"{prediction}-{seed}-ect", folder)
     return {
+        **unbounded,
         "prediction": prediction, "seed": seed, **spent, **yardstick.measure(work / f"{prediction}-{seed}-ect"),
         "ours": ours, "ddim": {str(k): ddim(folder, k, yardstick, setting.num) for k in DDIM_STEPS},
         "check": told["check"]["verdict"] or "fine", "check_misnamed": misnamed["check"]["verdict"] or "fine",
@@ -149,6 +156,7 @@ def table(runs: dict[str, Value]) -> Value:
             rows[prediction] = {
                 **{f"{part} {k}": spread([r[part][k] for r in of]) for part in ("ours", "ddim") for k in of[0][part]},
                 **{f"ect {k} step": spread([r["fd"][k] for r in of]) for k in ("1", "2")},
+                **{f"exact {k} step": spread([r["exact"][k] for r in of]) for k in ("1", "2") if "exact" in of[0]},
                 "second_sigma": [r["second_sigma"] for r in of], "seeds": [r["seed"] for r in of],
                 "check": [r["check"] for r in of], "check_misnamed": [r["check_misnamed"] for r in of],
             }  # fmt: skip

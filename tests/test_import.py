@@ -318,6 +318,24 @@ def test_tuning_starts_from_a_foreign_model_and_keeps_its_lineage(folders, tmp_p
     assert load(longer.path).info.lineage == model.info.lineage
 
 
+def test_an_epsilon_network_is_bounded_for_tuning_and_nowhere_else(folders):
+    from fewstep.train_cli import inherit
+
+    eps, v = load(folders["epsilon"]), load(folders["v_prediction"])
+    ect, edm = recipe("ect", "digits"), recipe("edm", "digits")
+    assert inherit(ect, eps).network.parametrisation == replace(
+        eps.info.architecture.network.parametrisation, bound=1.0
+    )
+    assert inherit(edm, eps).network.parametrisation.bound is None  # a diffusion model goes on as it was
+    assert inherit(ect, v).network.parametrisation.bound is None  # v is F already
+    speaks, out, x = VariancePreserving(bound=1.0), tensor_of(1, 4, 3, 2, 2), tensor_of(0, 4, 3, 2, 2)
+    c_noise = torch.tensor([1e-4, 0.5, 3.0, 80.0]).double().log() / 4
+    exact = VariancePreserving().raw(out, x, c_noise)
+    assert torch.allclose(speaks.raw(out, x, c_noise)[0], exact[0], atol=1e-6)  # nothing changes where sigma -> 0
+    sigma = (4 * c_noise).exp().float()[:, None, None, None]
+    assert torch.allclose(speaks.raw(out, x, c_noise), exact / (sigma**2 + 1).sqrt(), atol=1e-5)
+
+
 def test_folders_are_combined_as_they_are(folders, tmp_path):
     first, second = load(folders["epsilon"]), load(folders["v_prediction"])
     from fewstep.api import average

@@ -113,9 +113,8 @@ def encode(
 def space_of_model(statistics: str, task: "Encoder") -> LatentSpace | None:
     """The latents of the model that --statistics names; None where it names none. FewstepError for another VAE or size."""
     path = Path(statistics).expanduser()
-    if not path.is_dir() and not (
-        path.suffix == ".safetensors" and path.is_file() and snapshot.peek(path, snapshot.FORMAT)
-    ):
+    stored = path.suffix == ".safetensors" and path.is_file() and snapshot.peek(path, snapshot.FORMAT)
+    if not path.is_dir() and not (stored and "model" in stored):
         return None
     file = find(path)
     space = read_info(read_foreign_header(file), file).latents

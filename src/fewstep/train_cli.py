@@ -19,13 +19,17 @@ from fewstep.data import open_images
 from fewstep.ema import AverageLaw, average_law
 from fewstep.estimate import estimate, summary
 from fewstep.model import Model, load
-from fewstep.networks import Architecture, inherited
+from fewstep.networks import Architecture, Network, Stock, inherited
+from fewstep.networks.stock import VariancePreserving
 from fewstep.recipe import Recipe, with_sigma_data
 from fewstep.run import architecture_for
 from fewstep.run import train as run_train
 from fewstep.rundir import RunDir
 from fewstep.types import FewstepError
 
+BOUND = (
+    1.0  # of an epsilon network's amplification in tuning: 3.3 in one step where 3 gives 6.6 and none 30 (docs/log.md)
+)
 # A preset's published figures are quoted only while these fields are the preset's.
 PUBLISHED_WITH = (
     "objective",
@@ -200,10 +204,21 @@ def stored_recipe(out: Path, name: str) -> Recipe:
 def inherit(recipe: Recipe, init: Model) -> Recipe:
     """The recipe with the network, classes and image size of the model it starts from, and its own dropout."""
     arch = init.info.architecture
-    network = inherited(recipe.network, arch.network)
+    start = bounded(arch.network) if recipe.kind == "consistency" and init.info.kind == "diffusion" else arch.network
+    network = inherited(recipe.network, start)
     data = replace(recipe.data, resolution=recipe.data.resolution or init.info.image_shape[-1])
     recipe = replace(recipe, network=network, data=data, conditional=arch.num_classes > 0)
     return with_sigma_data(recipe, arch.sigma_data)
+
+
+def bounded(network: Network) -> Network:
+    """A network that predicts epsilon as a consistency model can be tuned from it: no amplification of its output."""
+    if not (isinstance(network, Stock) and isinstance(network.parametrisation, VariancePreserving)):
+        return network
+    speaks = network.parametrisation
+    if speaks.prediction != "epsilon" or speaks.bound is not None:
+        return network
+    return replace(network, parametrisation=replace(speaks, bound=BOUND))
 
 
 def check_train(options: TrainOptions, recipe: Recipe) -> None:
