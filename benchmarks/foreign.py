@@ -135,7 +135,7 @@ def one(prediction: str, setting: Setting, seed: int, work: Path) -> Value:
     recipe = replace(inherit(base, model), averages=AVERAGES)
     exact = replace(recipe, network=model.info.architecture.network)
     unbounded = {}
-    if recipe.network != exact.network:
+    if prediction == "epsilon":
         trained(exact, work / f"{prediction}-{seed}-exact", folder)
         unbounded = {"exact": yardstick.measure(work / f"{prediction}-{seed}-exact")["fd"]}
     spent = trained(recipe, work / f"{prediction}-{seed}-ect", folder)
