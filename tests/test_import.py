@@ -217,7 +217,7 @@ def trained_like(path: Path, prediction: str, told: str | None = None) -> Path:
     net, levels = unet(), log_sigmas(VariancePreserving())
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
     g = torch.Generator().manual_seed(0)
-    for _ in range(300):
+    for _ in range(160):
         t = torch.randint(0, 1000, (64,), generator=g)
         sigma = levels[t].exp().float()[:, None, None, None]
         alpha, s = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
