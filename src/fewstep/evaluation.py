@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -172,9 +172,8 @@ class SecondStep:
     sigma: float
     kept: dict[range, Sample]
     """the first step's images by their numbers"""
-    clip: bool = False
-    sigma_min: float = 0.0
-    """both as FewStep's"""
+    like: FewStep = FewStep()
+    """how a step is taken: its clipping and its sigma_min"""
     nfe = 2
 
     def __post_init__(self) -> None:
@@ -188,12 +187,10 @@ class SecondStep:
         assert isinstance(noise, Draws)
         x = self.kept.get(noise.indices)
         if x is None:
-            x = FewStep((SIGMA_MAX,), self.clip)(denoiser, noise, label)
+            x = replace(self.like, sigmas=(SIGMA_MAX,))(denoiser, noise, label)
             if noise.indices.stop * x[0].nbytes <= KEPT_BYTES:
                 self.kept[noise.indices] = x
-        added = math.sqrt(max(self.sigma**2 - self.sigma_min**2, 0))
-        x = denoiser(x + added * noise(1), x.new_full((len(x),), self.sigma), label)
-        return x.clamp(-1, 1) if self.clip else x
+        return self.like.again(denoiser, x, self.sigma, noise(1), label)
 
 
 def search_second_sigma(
@@ -205,7 +202,7 @@ def search_second_sigma(
     high: float = 6.0,
     coarse: int = 9,
     tick: Tick | None = None,
-    like: FewStep | None = None,
+    like: FewStep = FewStep(),
 ) -> tuple[float, list[tuple[float, float]]]:
     """The second step's noise level (EDM sigma) of least Frechet distance, and every (sigma, distance) tried.
 
@@ -215,12 +212,11 @@ def search_second_sigma(
     """
     tried: dict[float, float] = {}
     kept: dict[range, Sample] = {}
-    like = like or FewStep()
 
     def score(log_sigma: float) -> float:
         sigma = round(math.exp(log_sigma), 4)
         if sigma not in tried:
-            step = SecondStep(sigma, kept, like.clip, like.sigma_min)
+            step = SecondStep(sigma, kept, like)
             records = evaluate(generator, step, reference, extractor, num, (SEARCH_SEED,), ("fd",), tick=tick)
             tried[sigma] = records[0].value
         return tried[sigma]

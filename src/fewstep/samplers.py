@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, TypeAlias, TypeVar, runtime_checkable
 
-import torch
-
 from fewstep import ode
 from fewstep.ode import SIGMA_MAX, check_sigmas, karras_sigmas
 from fewstep.types import Denoiser, FewstepError, Labels, Sample
@@ -49,12 +47,21 @@ class FewStep:
         return len(self.sigmas)
 
     def __call__(self, denoiser: Denoiser, noise: Noise, label: Labels = None, /) -> Sample:
-        x = torch.zeros_like(noise(0))
-        for k, sigma in enumerate(self.sigmas):
-            added = math.sqrt(max(sigma**2 - self.sigma_min**2, 0)) if k else sigma
-            x = denoiser(x + added * noise(k), x.new_full((len(x),), sigma), label)
-            x = x.clamp(-1, 1) if self.clip else x
+        first, *rest = self.sigmas
+        x = self.denoised(denoiser, first * noise(0), first, label)
+        for k, sigma in enumerate(rest, 1):
+            x = self.again(denoiser, x, sigma, noise(k), label)
         return x
+
+    def again(self, denoiser: Denoiser, x: Sample, sigma: float, noise: Sample, label: Labels) -> Sample:
+        """A later step: the estimate x taken back to sigma, and denoised."""
+        added = math.sqrt(max(sigma**2 - self.sigma_min**2, 0))
+        return self.denoised(denoiser, x + added * noise, sigma, label)
+
+    def denoised(self, denoiser: Denoiser, x: Sample, sigma: float, label: Labels) -> Sample:
+        """D(x, sigma), clamped if it is to be."""
+        x = denoiser(x, x.new_full((len(x),), sigma), label)
+        return x.clamp(-1, 1) if self.clip else x
 
 
 S = TypeVar("S", bound="Levels")

@@ -11,19 +11,18 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from fewstep.hub import edm, edm2
 from fewstep.hub.folders import network_of
-from fewstep.hub.foreign import Foreign, Key, UnknownModel, fit
+from fewstep.hub.foreign import Foreign, Key, Kind, UnknownModel, fit
 from fewstep.hub.weights import archive_content
 from fewstep.networks import Architecture, EDMUNet, Network
 from fewstep.networks.stock import Scaled
 from fewstep.types import FewstepError
 
-Kind: TypeAlias = Literal["diffusion", "consistency"]
 State: TypeAlias = Mapping[str, Tensor]
 
 RESOLUTIONS = {4: 64, 6: 256}  # of OpenAI's networks, by their number of levels

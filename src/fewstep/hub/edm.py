@@ -13,12 +13,11 @@ from typing import Any, Final, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from fewstep.hub.foreign import Foreign, Key, fit
+from fewstep.hub.foreign import Foreign, Key, Kind, fit
 from fewstep.hub.unpickle import Module, printable, read_pickle
 from fewstep.networks import Architecture, EDMUNet, UNet
 from fewstep.types import FewstepError
 
-Kind: TypeAlias = Literal["diffusion", "consistency"]
 Found: TypeAlias = dict[str, tuple[str, Tensor]]
 
 KEYS: Final = ("ema", "net", "model", "G_ema", "G")  # where a network is looked for, in this order

@@ -2,18 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from torch import Tensor
 
 from fewstep.hub.edm import brief, check_size, possible
-from fewstep.hub.foreign import Foreign, fit
+from fewstep.hub.foreign import Foreign, Kind, fit
 from fewstep.hub.unpickle import Module, printable
 from fewstep.networks import Architecture
 from fewstep.networks.edm2_unet import BALANCE, LARGEST, EDM2UNet
 from fewstep.types import FewstepError
-
-Kind: TypeAlias = Literal["diffusion", "consistency"]
 
 FIELDS = {
     "model_channels": "channels", "channel_mult": "multipliers", "num_blocks": "blocks", "attn_resolutions": "attention",

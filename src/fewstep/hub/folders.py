@@ -5,14 +5,14 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 
 from fewstep import codec
 from fewstep.data import LatentSpace
-from fewstep.hub.foreign import Foreign, UnknownModel, fit
+from fewstep.hub.foreign import Foreign, Kind, UnknownModel, fit
 from fewstep.hub.weights import folder_tensors, weights_hash
 from fewstep.networks import Architecture, Network, UNet
 from fewstep.networks.stock import (
@@ -22,6 +22,7 @@ from fewstep.networks.stock import (
     Prediction,
     Scaled,
     Stock,
+    StockModel,
     VariancePreserving,
     classes,
     sample_shape,
@@ -29,8 +30,6 @@ from fewstep.networks.stock import (
 from fewstep.networks.unet import slow_columns
 from fewstep.types import FewstepError
 
-Kind: TypeAlias = Literal["diffusion", "consistency"]
-Model: TypeAlias = Literal["UNet2DModel", "DiTTransformer2DModel"]
 OLD_ATTENTION = re.compile(r"(.*attentions?\.\d+\.)(query|key|value|proj_attn)(\.(?:weight|bias))")
 NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 COMPONENTS = ("unet", "transformer")
@@ -104,11 +103,11 @@ def read_folder(folder: Path, strict: bool = True, kind: Kind | None = None) -> 
     )  # fmt: skip
 
 
-def stock_config(config: dict[str, Any], network: Path) -> tuple[Model, dict[str, Any], list[str]]:
+def stock_config(config: dict[str, Any], network: Path) -> tuple[StockModel, dict[str, Any], list[str]]:
     """The class, its configuration, and the names in it that the class does not know; UnknownModel for other classes."""
     import diffusers
 
-    model = config.get("_class_name")
+    model = str(config.get("_class_name"))
     if model == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":
         model = "DiTTransformer2DModel"  # as it was called
     if model not in MODELS:
@@ -116,7 +115,7 @@ def stock_config(config: dict[str, Any], network: Path) -> tuple[Model, dict[str
     known = inspect.signature(getattr(diffusers, model).__init__).parameters
     plain = {key: value for key, value in config.items() if not key.startswith("_")}
     kept = {key: value for key, value in plain.items() if key in known}
-    return cast(Model, model), kept, [key for key in plain if key not in known and plain[key] not in (None, False)]
+    return cast(StockModel, model), kept, [key for key in plain if key not in known and plain[key] not in (None, False)]
 
 
 def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -258,13 +257,12 @@ def of_consistency(config: dict[str, Any]) -> Noise:
         )
     scheduler.set_timesteps(2)
     return Noise(
-        Scaled(), "consistency", scheduler.config.sigma_data, scheduler.config.sigma_min,
-        float(scheduler.sigmas[1]), bool(scheduler.config.clip_denoised),
+        Scaled(), "consistency", own.sigma_data, own.sigma_min, float(scheduler.sigmas[1]), bool(own.clip_denoised),
     )  # fmt: skip
 
 
 def network_of(
-    model: Model, config: dict[str, Any], speaks: AnyParametrisation,
+    model: StockModel, config: dict[str, Any], speaks: AnyParametrisation,
     tensors: dict[str, Tensor],
 ) -> Network:  # fmt: skip
     """Our own configuration where it builds exactly this network, else the published one as it stands."""

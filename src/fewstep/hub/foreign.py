@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from fewstep.data import LatentSpace
 from fewstep.networks import Architecture
 from fewstep.types import FewstepError
 
+Kind: TypeAlias = Literal["diffusion", "consistency"]
 SHOWN = 20  # rows of a table of keys in an error
 
 
@@ -39,7 +40,7 @@ class Foreign:
     source: str
     """what kind of file it is, in a few words: EDM pickle (EDMPrecond, SongUNet)"""
     architecture: Architecture
-    kind: Literal["diffusion", "consistency"]
+    kind: Kind
     tensors: dict[str, Tensor]
     """float32, named as in architecture.build().state_dict()"""
     keys: tuple[Key, ...]

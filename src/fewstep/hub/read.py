@@ -1,9 +1,8 @@
 """One door for foreign files, by what they are."""
 
 from pathlib import Path
-from typing import Literal
 
-from fewstep.hub.foreign import Foreign
+from fewstep.hub.foreign import Foreign, Kind
 from fewstep.hub.weights import ARCHIVES
 from fewstep.types import FewstepError
 
@@ -11,7 +10,7 @@ from fewstep.types import FewstepError
 def read(
     path: Path,
     strict: bool = True,
-    kind: Literal["diffusion", "consistency"] | None = None,
+    kind: Kind | None = None,
     resolution: int | None = None,
 ) -> Foreign | None:
     """The model in a pickle of EDM, ECT, TCM or EDM2, a diffusers folder, OpenAI's .pt or FastGen's .pth.
@@ -31,9 +30,7 @@ def read(
         raise FewstepError(f"{path} is damaged, or no model as it is published ({said}): fetch it again") from error
 
 
-def by_kind(
-    path: Path, strict: bool, kind: Literal["diffusion", "consistency"] | None, resolution: int | None
-) -> Foreign | None:
+def by_kind(path: Path, strict: bool, kind: Kind | None, resolution: int | None) -> Foreign | None:
     """The reader that a file's or folder's kind asks for."""
     if path.is_dir():
         from fewstep.hub.folders import read_folder

@@ -11,7 +11,7 @@ then x_in is the x_t of the former.
 import json
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from fewstep.networks.limits import check_dropout
 from fewstep.types import FewstepError, Labels, Times, like
 
-MODELS = ("UNet2DModel", "DiTTransformer2DModel")
+StockModel: TypeAlias = Literal["UNet2DModel", "DiTTransformer2DModel"]
+MODELS = get_args(StockModel)
 PLAIN: dict[str, Any] = {"time_embedding_type": "positional", "class_embed_type": None}  # others tell it other things
 Prediction: TypeAlias = Literal["epsilon", "v_prediction", "sample"]
 
@@ -151,7 +152,7 @@ AnyParametrisation: TypeAlias = Scaled | VariancePreserving | Flow
 class Stock:
     """A UNet2DModel or DiTTransformer2DModel as its config.json describes it."""
 
-    model: Literal["UNet2DModel", "DiTTransformer2DModel"] = "UNet2DModel"
+    model: StockModel = "UNet2DModel"
     """class of diffusers"""
     config: str = "{}"
     """its config.json, on one line"""
